@@ -1,0 +1,98 @@
+//! What a VM is, and how its VMM is controlled: plain types shared by `vmm` and its callers.
+//!
+//! The caller spawns `vmm --config-fd N`, where fd N holds a [`VmConfig`] as JSON. Everything the VMM needs is handed over
+//! as an open file descriptor that the child inherits; a [`Fd`] in the configuration names it. The VMM opens nothing by
+//! name except `/dev/kvm`, when no descriptor for it is given.
+
+pub mod control;
+pub mod fds;
+
+use serde::{Deserialize, Serialize};
+
+/// A file descriptor number that the VMM inherits from its parent.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, PartialEq, Serialize)]
+#[serde(transparent)]
+pub struct Fd(pub i32);
+
+/// One virtual machine, complete.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// Name of the sandbox, for log lines.
+    pub name: String,
+    /// `/dev/kvm`, or nothing to let the VMM open it.
+    pub kvm: Option<Fd>,
+    /// Number of vCPUs, 1..=[`MAX_VCPUS`].
+    pub vcpus: u8,
+    /// Guest RAM in MiB, [`MIN_MEMORY_MIB`]..=[`MAX_MEMORY_MIB`].
+    pub memory_mib: u32,
+    /// The guest kernel: an uncompressed ELF `vmlinux` with a PVH note.
+    pub kernel: Fd,
+    /// The initramfs, copied to guest RAM.
+    pub initramfs: Option<Fd>,
+    /// Words added to the kernel command line that the VMM composes.
+    pub cmdline: String,
+    /// Where the guest's serial console goes; without it only the last lines are kept, for error reports.
+    pub console: Option<Fd>,
+    /// Connected stream socket of [`control`]. When its peer closes it the VM ends: its owner is gone.
+    pub control: Fd,
+    /// The vsock device, if the guest has one.
+    pub vsock: Option<VsockConfig>,
+    /// Shared directories, one virtio-fs device each.
+    pub shares: Vec<ShareConfig>,
+}
+
+/// Most vCPUs of one VM.
+pub const MAX_VCPUS: u8 = 64;
+/// Least guest RAM, in MiB: kernel and agent need about 40.
+pub const MIN_MEMORY_MIB: u32 = 64;
+/// Most guest RAM, in MiB (1 TiB).
+pub const MAX_MEMORY_MIB: u32 = 1 << 20;
+
+/// The virtio socket device (VIRTIO 1.2, 5.10).
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// Context id of the guest, 3 or more.
+    pub guest_cid: u32,
+    /// Host ports that the guest may connect to; every other port is answered with a reset.
+    pub host_ports: Vec<HostPort>,
+}
+
+/// A host port that the guest may connect to.
+///
+/// For each connection the VMM makes a stream socket pair and sends one end over `socket` by `SCM_RIGHTS`, with the guest's
+/// source port as a 4-byte little-endian payload (see [`fds`]).
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct HostPort {
+    /// The vsock port.
+    pub port: u32,
+    /// Our end of a `SOCK_SEQPACKET` Unix socket pair.
+    pub socket: Fd,
+}
+
+/// A directory of the host that the guest mounts by its tag.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShareConfig {
+    /// Mount tag, 1 to 36 bytes (VIRTIO 1.2, 5.11.4).
+    pub tag: String,
+    /// The directory, opened with `O_PATH`. Read-only is a property of its mount.
+    pub root: Fd,
+    /// How long the guest may trust what it cached.
+    pub cache: CachePolicy,
+}
+
+/// What a guest may cache of a share.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CachePolicy {
+    /// Nothing: every access reaches the host.
+    Never,
+    /// Data and attributes, for one second; re-validated on open.
+    #[default]
+    Auto,
+    /// Everything, until evicted: only for a share that nobody else writes to.
+    Always,
+}
