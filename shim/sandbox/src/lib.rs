@@ -1,1 +1,203 @@
-//! To be filled.
+//! A sandbox: one microVM and the containers in it, as the host sees them.
+//!
+//! Called by `vmrun` and by the containerd shim. Knows neither containerd nor virtio: it spawns `vmm`, hands it open file
+//! descriptors, waits for the agent to dial in, and speaks the agent's protocol.
+//!
+//! ```text
+//!   artifacts ─► plan (pure) ─► share (detached mounts) ─► VmmProcess::spawn ─► agent dials in ─► Sandbox
+//! ```
+
+mod agent_client;
+pub mod artifacts;
+mod boot;
+pub mod error;
+pub mod plan;
+pub mod share;
+pub mod state;
+mod streams;
+mod vmm_process;
+
+pub use agent_api::message;
+use agent_client::AgentClient;
+pub use boot::{BootRequest, BootTimes};
+pub use error::{BootError, CallError};
+pub use streams::ProcessStreams;
+use streams::StreamTable;
+pub use vmm_api::control::{Exit, ExitReason, Stats as VmmStats};
+use vmm_process::VmmProcess;
+
+/// A running microVM whose agent answers. Dropping it ends the VM.
+pub struct Sandbox {
+    agent: AgentClient,
+    streams: StreamTable,
+    vmm: VmmProcess,
+    times: BootTimes,
+}
+
+/// Which streams of a new process the caller wants; the others are `/dev/null`.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct WantedStreams {
+    /// The process reads from a stream of ours.
+    pub stdin: bool,
+    /// Its output reaches us. With a terminal this is one stream, `stdout`.
+    pub output: bool,
+    /// Rows and columns of its terminal, if it has one.
+    pub terminal: Option<(u16, u16)>,
+}
+
+/// One process in the sandbox: a container's init (`exec_id` empty) or an exec.
+#[derive(Clone, Debug, Eq, Hash, PartialEq)]
+pub struct ProcessId {
+    /// The container.
+    pub container_id: String,
+    /// The exec in it, or empty.
+    pub exec_id: String,
+}
+
+impl ProcessId {
+    /// The init process of a container.
+    #[must_use]
+    pub fn init(container_id: &str) -> Self {
+        Self { container_id: container_id.to_owned(), exec_id: String::new() }
+    }
+}
+
+impl Sandbox {
+    /// Stages of the boot with their times.
+    #[must_use]
+    pub fn times(&self) -> &BootTimes {
+        &self.times
+    }
+
+    /// Process id of the VMM on the host.
+    #[must_use]
+    pub fn vmm_pid(&self) -> u32 {
+        self.vmm.pid()
+    }
+
+    /// Makes a container from its OCI spec, in which every path is a guest path. Its init process waits for [`Self::start`].
+    ///
+    /// # Errors
+    /// What the agent says, or that it no longer answers.
+    pub async fn create(
+        &self,
+        container_id: &str,
+        spec: &oci_spec::runtime::Spec,
+        wanted: WantedStreams,
+    ) -> Result<ProcessStreams, CallError> {
+        let expected = self.streams.expect(wanted);
+        let request = message::CreateContainerRequest {
+            container_id: container_id.to_owned(),
+            spec: serde_json::to_vec(spec).map_err(CallError::Encode)?,
+            stdio: Some(expected.stdio.clone()).into(),
+            ..Default::default()
+        };
+        self.agent.create(&request).await?;
+        expected.streams().await
+    }
+
+    /// Lets the init process of a container run.
+    ///
+    /// # Errors
+    /// As [`Self::create`].
+    pub async fn start(&self, container_id: &str) -> Result<(), CallError> {
+        self.agent.start(container_id).await
+    }
+
+    /// Starts another process in a running container.
+    ///
+    /// # Errors
+    /// As [`Self::create`].
+    pub async fn exec(
+        &self,
+        id: &ProcessId,
+        process: &oci_spec::runtime::Process,
+        wanted: WantedStreams,
+    ) -> Result<ProcessStreams, CallError> {
+        let expected = self.streams.expect(wanted);
+        let request = message::ExecRequest {
+            container_id: id.container_id.clone(),
+            exec_id: id.exec_id.clone(),
+            process: serde_json::to_vec(process).map_err(CallError::Encode)?,
+            stdio: Some(expected.stdio.clone()).into(),
+            ..Default::default()
+        };
+        self.agent.exec(&request).await?;
+        expected.streams().await
+    }
+
+    /// Waits for a process to exit.
+    ///
+    /// # Errors
+    /// As [`Self::create`].
+    pub async fn wait(&self, id: &ProcessId) -> Result<message::WaitReply, CallError> {
+        self.agent.wait(id).await
+    }
+
+    /// Sends a signal to a process, or to every process of its container.
+    ///
+    /// # Errors
+    /// As [`Self::create`].
+    pub async fn signal(&self, id: &ProcessId, signal: u32, all: bool) -> Result<(), CallError> {
+        self.agent.signal(id, signal, all).await
+    }
+
+    /// Sets the size of a process's terminal.
+    ///
+    /// # Errors
+    /// As [`Self::create`].
+    pub async fn resize(&self, id: &ProcessId, rows: u16, columns: u16) -> Result<(), CallError> {
+        self.agent.resize(id, rows, columns).await
+    }
+
+    /// Removes a stopped container, or kills and removes it.
+    ///
+    /// # Errors
+    /// As [`Self::create`].
+    pub async fn delete(&self, id: &ProcessId, force: bool) -> Result<(), CallError> {
+        self.agent.delete(id, force).await
+    }
+
+    /// What a container uses.
+    ///
+    /// # Errors
+    /// As [`Self::create`].
+    pub async fn stats(&self, container_id: &str) -> Result<message::StatsReply, CallError> {
+        self.agent.stats(container_id).await
+    }
+
+    /// Freezes a container by its cgroup.
+    ///
+    /// # Errors
+    /// As [`Self::create`].
+    pub async fn pause(&self, container_id: &str) -> Result<(), CallError> {
+        self.agent.pause(container_id).await
+    }
+
+    /// Thaws a container.
+    ///
+    /// # Errors
+    /// As [`Self::create`].
+    pub async fn resume(&self, container_id: &str) -> Result<(), CallError> {
+        self.agent.resume(container_id).await
+    }
+
+    /// Processes of a container, with guest process ids.
+    ///
+    /// # Errors
+    /// As [`Self::create`].
+    pub async fn list_processes(&self, container_id: &str) -> Result<Vec<message::GuestProcess>, CallError> {
+        self.agent.list_processes(container_id).await
+    }
+
+    /// Waits until the VM ends, for whatever reason.
+    pub async fn ended(&self) -> Exit {
+        self.vmm.ended().await
+    }
+
+    /// Asks the guest to write back and reset, then ends the VMM, in at most two seconds.
+    pub async fn stop(self) {
+        self.agent.shutdown().await;
+        self.vmm.end().await;
+    }
+}

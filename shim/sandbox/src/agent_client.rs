@@ -1,0 +1,152 @@
+//! Calls to the agent. Its answers are a guest's bytes: deadlines everywhere, text escaped, numbers taken as they are typed.
+
+use std::time::Duration;
+
+use agent_api::service::AgentClient as Stub;
+use agent_api::{message, service};
+use tokio::net::UnixStream;
+use ttrpc::asynchronous::transport::Socket;
+use ttrpc::context;
+
+use crate::{CallError, ProcessId};
+
+/// Deadline of a call that only does work in the guest.
+const CALL_DEADLINE: Duration = Duration::from_secs(30);
+/// Deadline of the farewell.
+const SHUTDOWN_DEADLINE: Duration = Duration::from_millis(300);
+/// Longest text of the agent that is passed on, in characters.
+const MAX_TEXT: usize = 4096;
+
+/// The connection to the agent.
+pub(crate) struct AgentClient(Stub);
+
+impl AgentClient {
+    pub(crate) fn new(stream: UnixStream) -> Self {
+        Self(service::AgentClient::new(ttrpc::asynchronous::Client::new(Socket::new(stream))))
+    }
+
+    pub(crate) async fn configure(&self, request: &message::ConfigureRequest) -> Result<(), CallError> {
+        bounded("Configure", self.0.configure(context::with_duration(CALL_DEADLINE), request)).await.map(drop)
+    }
+
+    pub(crate) async fn create(&self, request: &message::CreateContainerRequest) -> Result<(), CallError> {
+        let call = self.0.create_container(context::with_duration(CALL_DEADLINE), request);
+        bounded("CreateContainer", call).await.map(drop)
+    }
+
+    pub(crate) async fn start(&self, container_id: &str) -> Result<(), CallError> {
+        let request = container(container_id);
+        bounded("StartContainer", self.0.start_container(context::with_duration(CALL_DEADLINE), &request)).await.map(drop)
+    }
+
+    pub(crate) async fn exec(&self, request: &message::ExecRequest) -> Result<(), CallError> {
+        bounded("Exec", self.0.exec(context::with_duration(CALL_DEADLINE), request)).await.map(drop)
+    }
+
+    pub(crate) async fn wait(&self, id: &ProcessId) -> Result<message::WaitReply, CallError> {
+        let request = message::ProcessRequest {
+            container_id: id.container_id.clone(),
+            exec_id: id.exec_id.clone(),
+            ..Default::default()
+        };
+        // A process runs as long as it likes.
+        self.0.wait(context::with_timeout(0), &request).await.map_err(|error| translate("Wait", error))
+    }
+
+    pub(crate) async fn signal(&self, id: &ProcessId, signal: u32, all: bool) -> Result<(), CallError> {
+        let request = message::SignalRequest {
+            container_id: id.container_id.clone(),
+            exec_id: id.exec_id.clone(),
+            signal,
+            all,
+            ..Default::default()
+        };
+        bounded("Signal", self.0.signal(context::with_duration(CALL_DEADLINE), &request)).await.map(drop)
+    }
+
+    pub(crate) async fn resize(&self, id: &ProcessId, rows: u16, columns: u16) -> Result<(), CallError> {
+        let request = message::ResizeRequest {
+            container_id: id.container_id.clone(),
+            exec_id: id.exec_id.clone(),
+            rows: rows.into(),
+            columns: columns.into(),
+            ..Default::default()
+        };
+        bounded("Resize", self.0.resize(context::with_duration(CALL_DEADLINE), &request)).await.map(drop)
+    }
+
+    pub(crate) async fn delete(&self, id: &ProcessId, force: bool) -> Result<(), CallError> {
+        let request = message::DeleteRequest {
+            container_id: id.container_id.clone(),
+            exec_id: id.exec_id.clone(),
+            force,
+            ..Default::default()
+        };
+        bounded("Delete", self.0.delete(context::with_duration(CALL_DEADLINE), &request)).await.map(drop)
+    }
+
+    pub(crate) async fn stats(&self, container_id: &str) -> Result<message::StatsReply, CallError> {
+        bounded("Stats", self.0.stats(context::with_duration(CALL_DEADLINE), &container(container_id))).await
+    }
+
+    pub(crate) async fn pause(&self, container_id: &str) -> Result<(), CallError> {
+        bounded("Pause", self.0.pause(context::with_duration(CALL_DEADLINE), &container(container_id))).await.map(drop)
+    }
+
+    pub(crate) async fn resume(&self, container_id: &str) -> Result<(), CallError> {
+        bounded("Resume", self.0.resume(context::with_duration(CALL_DEADLINE), &container(container_id))).await.map(drop)
+    }
+
+    pub(crate) async fn list_processes(&self, container_id: &str) -> Result<Vec<message::GuestProcess>, CallError> {
+        let request = container(container_id);
+        let call = self.0.list_processes(context::with_duration(CALL_DEADLINE), &request);
+        Ok(bounded("ListProcesses", call).await?.processes)
+    }
+
+    /// The guest may reset before it answers, so there is nothing to report.
+    pub(crate) async fn shutdown(&self) {
+        let request = message::Empty::new();
+        let call = self.0.shutdown(context::with_duration(SHUTDOWN_DEADLINE), &request);
+        let _ = tokio::time::timeout(SHUTDOWN_DEADLINE, call).await;
+    }
+}
+
+fn container(container_id: &str) -> message::ContainerRequest {
+    message::ContainerRequest { container_id: container_id.to_owned(), ..Default::default() }
+}
+
+async fn bounded<T>(call: &'static str, answer: impl Future<Output = ttrpc::Result<T>>) -> Result<T, CallError> {
+    match tokio::time::timeout(CALL_DEADLINE, answer).await {
+        Ok(answer) => answer.map_err(|error| translate(call, error)),
+        Err(_) => Err(CallError::Deadline { call, deadline_ms: 30_000 }),
+    }
+}
+
+fn translate(call: &'static str, error: ttrpc::Error) -> CallError {
+    match error {
+        ttrpc::Error::RpcStatus(status) => {
+            CallError::Refused { code: status.code.value(), message: escape(&status.message) }
+        }
+        other => CallError::Broken { call, detail: escape(&other.to_string()) },
+    }
+}
+
+/// A guest's text, fit for a terminal and a log.
+fn escape(text: &str) -> String {
+    text.chars().take(MAX_TEXT).map(|c| if c.is_control() { '.' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::escape;
+
+    #[test]
+    fn guest_text_cannot_drive_a_terminal() {
+        assert_eq!(escape("a\x1b[31mb\nc"), "a.[31mb.c");
+    }
+
+    #[test]
+    fn guest_text_is_cut() {
+        assert_eq!(escape(&"x".repeat(10_000)).len(), 4096);
+    }
+}

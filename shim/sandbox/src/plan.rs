@@ -1,0 +1,138 @@
+//! PURE: from what the caller wants to the VM and the container that give it. Touches nothing; tested by snapshots.
+//!
+//! Host paths of bind mounts become entries of one share, `volumes`, and the spec that goes to the guest names their guest
+//! paths instead.
+
+use std::path::{Path, PathBuf};
+
+use agent_api::SHARE_DIR;
+use oci_spec::runtime::Spec;
+use thiserror::Error;
+use vmm_api::{MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB};
+
+/// Tag of the share that holds the container's root file system.
+pub const ROOTFS_TAG: &str = "rootfs";
+/// Tag of the share that holds every volume, as `v0`, `v1`, ...
+pub const VOLUMES_TAG: &str = "volumes";
+
+/// Size of a VM.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct VmSize {
+    /// Number of vCPUs.
+    pub vcpus: u8,
+    /// Guest RAM, in MiB.
+    pub memory_mib: u32,
+}
+
+/// RAM that the guest's kernel and agent need beside the container's, in MiB.
+pub const GUEST_OVERHEAD_MIB: u32 = 96;
+
+/// A host path that the container sees.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Volume {
+    /// The host path.
+    pub source: PathBuf,
+    /// Enforced by the mount on the host.
+    pub read_only: bool,
+}
+
+/// What to share and what to tell the agent.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plan {
+    /// Volumes in the order of their names in the share.
+    pub volumes: Vec<Volume>,
+    /// The spec with guest paths.
+    pub spec: Spec,
+}
+
+/// Why a request cannot be honoured. The host was not touched.
+#[derive(Debug, Error, Eq, PartialEq)]
+pub enum PlanError {
+    /// vCPUs out of range.
+    #[error("{asked} CPUs asked for: a VM has 1 to {MAX_VCPUS}")]
+    Cpus {
+        /// What was asked for.
+        asked: String,
+    },
+    /// Memory out of range.
+    #[error("{asked_mib} MiB of memory asked for: a VM has {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB} MiB")]
+    Memory {
+        /// What was asked for.
+        asked_mib: u64,
+    },
+    /// A mount of the spec has no source.
+    #[error("bind mount at {} has no source", destination.display())]
+    NoSource {
+        /// Where it would be mounted.
+        destination: PathBuf,
+    },
+    /// A mount names a place of the host that is never shared.
+    #[error("{} of the host cannot be shared with a guest", path.display())]
+    Forbidden {
+        /// The path.
+        path: PathBuf,
+    },
+}
+
+/// Checks a size in the units of the command line.
+///
+/// # Errors
+/// [`PlanError::Cpus`] and [`PlanError::Memory`].
+pub fn vm_size(cpus: f64, container_memory_bytes: u64) -> Result<VmSize, PlanError> {
+    let whole = cpus.ceil();
+    if !(whole >= 1.0 && whole <= f64::from(MAX_VCPUS)) {
+        return Err(PlanError::Cpus { asked: cpus.to_string() });
+    }
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "1.0 <= whole <= 64.0 was checked")]
+    let vcpus = whole as u8;
+    let asked_mib = container_memory_bytes.div_ceil(1 << 20).saturating_add(u64::from(GUEST_OVERHEAD_MIB));
+    let memory_mib = u32::try_from(asked_mib)
+        .ok()
+        .filter(|mib| (MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(mib))
+        .ok_or(PlanError::Memory { asked_mib })?;
+    Ok(VmSize { vcpus, memory_mib })
+}
+
+/// Guest path of the container's root file system.
+#[must_use]
+pub fn guest_rootfs() -> PathBuf {
+    Path::new(SHARE_DIR).join(ROOTFS_TAG)
+}
+
+/// Replaces the host paths of `spec` by guest paths, and lists what has to be shared for them.
+///
+/// # Errors
+/// [`PlanError::NoSource`] and [`PlanError::Forbidden`].
+pub fn plan(mut spec: Spec) -> Result<Plan, PlanError> {
+    let mut volumes = Vec::new();
+    let mut mounts = spec.mounts().clone().unwrap_or_default();
+    for mount in &mut mounts {
+        let options = mount.options().clone().unwrap_or_default();
+        let is_bind = mount.typ().as_deref() == Some("bind") || options.iter().any(|o| o == "bind" || o == "rbind");
+        if !is_bind {
+            continue;
+        }
+        let Some(source) = mount.source().clone() else {
+            return Err(PlanError::NoSource { destination: mount.destination().clone() });
+        };
+        if is_forbidden(&source) {
+            return Err(PlanError::Forbidden { path: source });
+        }
+        let name = format!("v{}", volumes.len());
+        mount.set_source(Some(Path::new(SHARE_DIR).join(VOLUMES_TAG).join(name)));
+        volumes.push(Volume { source, read_only: options.iter().any(|o| o == "ro" || o == "rro") });
+    }
+    spec.set_mounts(Some(mounts));
+    let mut root = spec.root().clone().unwrap_or_default();
+    root.set_path(guest_rootfs());
+    spec.set_root(Some(root));
+    Ok(Plan { volumes, spec })
+}
+
+/// Kernel interfaces of the host mean nothing, or too much, in a guest.
+fn is_forbidden(path: &Path) -> bool {
+    path == Path::new("/") || ["/proc", "/sys", "/dev"].iter().any(|top| path.starts_with(top))
+}
+
+#[cfg(test)]
+mod tests;

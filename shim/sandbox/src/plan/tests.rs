@@ -1,0 +1,56 @@
+//! Snapshots of plans, and each refusal.
+
+use std::path::PathBuf;
+
+use oci_spec::runtime::{MountBuilder, Spec};
+
+use super::{PlanError, VmSize, Volume, plan, vm_size};
+
+fn spec_with_bind(source: &str, options: &[&str]) -> Spec {
+    let mount = MountBuilder::default()
+        .destination("/mnt")
+        .typ("bind")
+        .source(source)
+        .options(options.iter().map(ToString::to_string).collect::<Vec<_>>())
+        .build()
+        .expect("mount");
+    let mut spec = Spec::default();
+    spec.set_mounts(Some(vec![mount]));
+    spec
+}
+
+#[test]
+fn a_volume_gets_a_guest_path() {
+    let planned = plan(spec_with_bind("/srv/data", &["rbind", "ro"])).expect("plan");
+    assert_eq!(planned.volumes, [Volume { source: PathBuf::from("/srv/data"), read_only: true }]);
+    let mounts = planned.spec.mounts().clone().expect("mounts");
+    assert_eq!(mounts[0].source(), &Some(PathBuf::from("/run/share/volumes/v0")));
+    assert_eq!(planned.spec.root().clone().expect("root").path(), &PathBuf::from("/run/share/rootfs"));
+}
+
+#[test]
+fn other_mounts_stay_as_they_are() {
+    let spec = Spec::default();
+    let planned = plan(spec.clone()).expect("plan");
+    assert_eq!(planned.volumes, []);
+    assert_eq!(planned.spec.mounts(), spec.mounts());
+}
+
+#[test]
+fn kernel_interfaces_of_the_host_are_refused() {
+    let error = plan(spec_with_bind("/proc/sys", &["bind"])).expect_err("refused");
+    assert_eq!(error, PlanError::Forbidden { path: PathBuf::from("/proc/sys") });
+}
+
+#[test]
+fn sizes_round_up_and_include_the_guest() {
+    assert_eq!(vm_size(1.5, 128 << 20), Ok(VmSize { vcpus: 2, memory_mib: 224 }));
+}
+
+#[test]
+fn absurd_sizes_are_refused() {
+    assert_eq!(vm_size(0.0, 1 << 30), Err(PlanError::Cpus { asked: "0".to_owned() }));
+    assert_eq!(vm_size(f64::NAN, 1 << 30), Err(PlanError::Cpus { asked: "NaN".to_owned() }));
+    assert_eq!(vm_size(65.0, 1 << 30), Err(PlanError::Cpus { asked: "65".to_owned() }));
+    assert!(matches!(vm_size(1.0, u64::MAX), Err(PlanError::Memory { .. })));
+}

@@ -1,0 +1,160 @@
+//! Shared directories as detached mounts: trees that no mount table shows and that vanish with their last descriptor, so a
+//! killed process leaves none behind.
+//!
+//! Each tree is put together by a thread of its own in a private mount namespace, then cloned with open_tree(2). Read-only
+//! is a flag of the mount: nothing that a guest sends, and no fault of the VMM, can write through it.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use nix::sched::CloneFlags;
+use rustix::fs::{CWD, Mode, OFlags};
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, OpenTreeFlags, mount, mount_bind_recursive, mount_change, mount_remount, open_tree,
+};
+
+use crate::BootError;
+use crate::plan::Volume;
+
+/// The root file system of a container.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Rootfs {
+    /// The directory itself.
+    Directory {
+        /// Host path.
+        path: PathBuf,
+        /// Whether the guest may write to it.
+        read_only: bool,
+    },
+    /// Layers below a writable directory (overlayfs).
+    Layers {
+        /// Directories, topmost first; their paths are relative to `layer_dir`, or absolute.
+        lower: Vec<PathBuf>,
+        /// Working directory for the relative paths, which keeps the mount's options short.
+        layer_dir: PathBuf,
+        /// Holds `upper` and `work`, made when absent; without it the root is read-only.
+        writable: Option<PathBuf>,
+    },
+}
+
+/// Makes the tree of a container's root.
+///
+/// # Errors
+/// [`BootError::Share`] with the path that could not be used.
+pub fn rootfs_tree(rootfs: Rootfs, scratch: &Path) -> Result<OwnedFd, BootError> {
+    let shown = match &rootfs {
+        Rootfs::Directory { path, .. } => path.clone(),
+        Rootfs::Layers { lower, layer_dir, .. } => lower.first().map_or_else(|| layer_dir.clone(), |l| layer_dir.join(l)),
+    };
+    let scratch = scratch.to_owned();
+    in_private_namespace(move || mount_rootfs(&rootfs, &scratch))
+        .map_err(|source| BootError::Share { path: shown, source })
+}
+
+/// Makes the tree of all volumes: `v0`, `v1`, ... each a directory or a single file.
+///
+/// # Errors
+/// [`BootError::Share`] with the volume that could not be used.
+pub fn volumes_tree(volumes: Vec<Volume>, scratch: &Path) -> Result<OwnedFd, BootError> {
+    for volume in &volumes {
+        fs::metadata(&volume.source).map_err(|source| BootError::Share { path: volume.source.clone(), source })?;
+    }
+    let scratch = scratch.to_owned();
+    let shown = volumes.first().map_or_else(|| scratch.clone(), |v| v.source.clone());
+    in_private_namespace(move || mount_volumes(&volumes, &scratch))
+        .map_err(|source| BootError::Share { path: shown, source })
+}
+
+/// Runs `build` on a thread with its own mount namespace and working directory.
+fn in_private_namespace<F>(build: F) -> io::Result<OwnedFd>
+where
+    F: FnOnce() -> io::Result<OwnedFd> + Send + 'static,
+{
+    let work = move || {
+        nix::sched::unshare(CloneFlags::CLONE_NEWNS)?;
+        mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)?;
+        build()
+    };
+    let thread = thread::Builder::new().name("mounts".to_owned()).spawn(work)?;
+    thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread that makes the mounts panicked")))
+}
+
+fn mount_rootfs(rootfs: &Rootfs, scratch: &Path) -> io::Result<OwnedFd> {
+    match rootfs {
+        Rootfs::Directory { path, read_only } => {
+            mount_bind_recursive(path, scratch)?;
+            restrict(scratch, *read_only)?;
+        }
+        Rootfs::Layers { lower, layer_dir, writable } => {
+            let options = overlay_options(lower, writable.as_deref())?;
+            std::env::set_current_dir(layer_dir)?;
+            let flags = MountFlags::NODEV | if writable.is_some() { MountFlags::empty() } else { MountFlags::RDONLY };
+            let options = std::ffi::CString::new(options)?;
+            mount("overlay", scratch, "overlay", flags, Some(options.as_c_str()))?;
+        }
+    }
+    clone_tree(scratch)
+}
+
+fn mount_volumes(volumes: &[Volume], scratch: &Path) -> io::Result<OwnedFd> {
+    mount("tmpfs", scratch, "tmpfs", MountFlags::NODEV | MountFlags::NOSUID, Some(c"mode=755,size=1m"))?;
+    for (index, volume) in volumes.iter().enumerate() {
+        let target = scratch.join(format!("v{index}"));
+        if fs::metadata(&volume.source)?.is_dir() {
+            fs::create_dir(&target)?;
+        } else {
+            File::create(&target)?;
+        }
+        mount_bind_recursive(&volume.source, &target)?;
+        restrict(&target, volume.read_only)?;
+    }
+    mount_remount(scratch, MountFlags::BIND | MountFlags::RDONLY | MountFlags::NODEV | MountFlags::NOSUID, "")?;
+    clone_tree(scratch)
+}
+
+/// No device of the host is ever reached through a share.
+fn restrict(target: &Path, read_only: bool) -> io::Result<()> {
+    let read_only = if read_only { MountFlags::RDONLY } else { MountFlags::empty() };
+    mount_remount(target, MountFlags::BIND | MountFlags::NODEV | read_only, "")?;
+    Ok(())
+}
+
+fn clone_tree(path: &Path) -> io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE;
+    Ok(open_tree(CWD, path, flags)?)
+}
+
+fn overlay_options(lower: &[PathBuf], writable: Option<&Path>) -> io::Result<String> {
+    let lower: Vec<String> = lower.iter().map(|path| escape(path)).collect();
+    let mut options = format!("lowerdir={}", lower.join(":"));
+    if let Some(dir) = writable {
+        let (upper, work) = (dir.join("upper"), dir.join("work"));
+        fs::create_dir_all(&upper)?;
+        fs::create_dir_all(&work)?;
+        options.push_str(&format!(",upperdir={},workdir={}", escape(&upper), escape(&work)));
+    }
+    Ok(options)
+}
+
+/// overlayfs splits its options at commas and its lower directories at colons.
+fn escape(path: &Path) -> String {
+    path.display().to_string().replace('\\', "\\\\").replace(':', "\\:").replace(',', "\\,")
+}
+
+/// Opens a file below a tree, as if the tree were the root; symbolic links cannot lead out of it.
+///
+/// # Errors
+/// What openat2(2) says; `InvalidInput` for something that is not a regular file.
+pub fn open_in_tree(tree: &OwnedFd, path: &str) -> io::Result<File> {
+    let resolve = rustix::fs::ResolveFlags::IN_ROOT | rustix::fs::ResolveFlags::NO_MAGICLINKS;
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let file = File::from(rustix::fs::openat2(tree, path, flags, Mode::empty(), resolve)?);
+    if !file.metadata()?.is_file() || file.metadata()?.mode() & 0o170_000 != 0o100_000 {
+        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+    }
+    Ok(file)
+}

@@ -1,0 +1,223 @@
+//! The VMM process: spawn it, hand over descriptors, learn how it ended, kill it.
+//!
+//! The VMM lives as long as this side of its control socket is open: when we die, it ends. The kill path needs neither the
+//! agent nor the streams.
+
+use std::fs::File;
+use std::io::{self, Seek as _, Write as _};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::Duration;
+
+use agent_api::{CONTROL_PORT, STREAM_PORT};
+use command_fds::{CommandFdExt as _, FdMapping};
+use rustix::fs::MemfdFlags;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::UnixStream;
+use tokio::process::{Child, Command};
+use tokio::sync::watch;
+use vmm_api::control::{Exit, ExitReason, Message, Request};
+use vmm_api::{CachePolicy, Fd, HostPort, ShareConfig, VmConfig, VsockConfig};
+
+use crate::BootError;
+use crate::plan::VmSize;
+
+/// What a VMM is spawned with.
+pub(crate) struct Spawn {
+    pub(crate) program: PathBuf,
+    pub(crate) name: String,
+    pub(crate) size: VmSize,
+    pub(crate) kvm: OwnedFd,
+    pub(crate) kernel: OwnedFd,
+    pub(crate) initramfs: OwnedFd,
+    pub(crate) console: Option<OwnedFd>,
+    pub(crate) shares: Vec<(String, OwnedFd, CachePolicy)>,
+}
+
+/// A running VMM.
+pub(crate) struct VmmProcess {
+    pid: u32,
+    requests: tokio::sync::Mutex<tokio::net::unix::OwnedWriteHalf>,
+    ended: watch::Receiver<Option<Exit>>,
+    killer: std::sync::Arc<tokio::sync::Notify>,
+}
+
+/// The guest's two ports: connections that it makes arrive here as descriptors.
+pub(crate) struct Ports {
+    control: AsyncFd<OwnedFd>,
+    pub(crate) streams: AsyncFd<OwnedFd>,
+}
+
+impl Ports {
+    /// Waits for the agent's first connection.
+    pub(crate) async fn accept_agent(&self) -> io::Result<UnixStream> {
+        let stream = accept(&self.control).await?;
+        stream.set_nonblocking(true)?;
+        UnixStream::from_std(stream)
+    }
+}
+
+/// Waits for the next connection that the VMM passes on.
+pub(crate) async fn accept(port: &AsyncFd<OwnedFd>) -> io::Result<std::os::unix::net::UnixStream> {
+    let mut source_port = [0; 4];
+    let (_, mut fds) = port
+        .async_io(tokio::io::Interest::READABLE, |fd| vmm_api::fds::recv(fd.as_fd(), &mut source_port))
+        .await?;
+    fds.pop().map(Into::into).ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+}
+
+/// Longest wait for a VMM that was told to end, before it is killed.
+const END_DEADLINE: Duration = Duration::from_millis(1500);
+
+impl VmmProcess {
+    /// Spawns the VMM; it begins to boot at once.
+    pub(crate) fn spawn(spawn: Spawn) -> Result<(Self, Ports), BootError> {
+        let host = |action| move |source: io::Error| BootError::Host { action, source };
+        let (control, vmm_control) = UnixStream::pair().map_err(host("make the control socket"))?;
+        let vmm_control = vmm_control.into_std().map_err(host("make the control socket"))?;
+        vmm_control.set_nonblocking(false).map_err(host("make the control socket"))?;
+        let (agent_port, vmm_agent_port) = port_pair().map_err(host("make the agent's port"))?;
+        let (stream_port, vmm_stream_port) = port_pair().map_err(host("make the stream port"))?;
+
+        let mut passed = Passed::default();
+        let config = VmConfig {
+            name: spawn.name,
+            kvm: Some(passed.add(spawn.kvm)),
+            vcpus: spawn.size.vcpus,
+            memory_mib: spawn.size.memory_mib,
+            kernel: passed.add(spawn.kernel),
+            initramfs: Some(passed.add(spawn.initramfs)),
+            cmdline: String::new(),
+            console: spawn.console.map(|fd| passed.add(fd)),
+            control: passed.add(vmm_control.into()),
+            vsock: Some(VsockConfig {
+                guest_cid: 3,
+                host_ports: vec![
+                    HostPort { port: CONTROL_PORT, socket: passed.add(vmm_agent_port) },
+                    HostPort { port: STREAM_PORT, socket: passed.add(vmm_stream_port) },
+                ],
+            }),
+            shares: spawn
+                .shares
+                .into_iter()
+                .map(|(tag, root, cache)| ShareConfig { tag, root: passed.add(root), cache })
+                .collect(),
+        };
+        let config_fd = passed.add(config_file(&config).map_err(host("write the VM's configuration"))?);
+
+        let mut command = Command::new(&spawn.program);
+        command.arg("--config-fd").arg(config_fd.0.to_string());
+        command.env_clear().stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::inherit()).kill_on_drop(true);
+        command.fd_mappings(passed.0).map_err(|_| BootError::Host {
+            action: "hand descriptors to the VMM",
+            source: io::ErrorKind::InvalidInput.into(),
+        })?;
+        let child = command.spawn().map_err(|source| BootError::Spawn { path: spawn.program, source })?;
+        drop(command);
+        Ok((Self::watch(child, control), Ports { control: agent_port, streams: stream_port }))
+    }
+
+    fn watch(child: Child, control: UnixStream) -> Self {
+        let (messages, requests) = control.into_split();
+        let (ended_tx, ended) = watch::channel(None);
+        let killer = std::sync::Arc::new(tokio::sync::Notify::new());
+        let pid = child.id().unwrap_or_default();
+        tokio::spawn(watch_child(child, messages, killer.clone(), ended_tx));
+        Self { pid, requests: requests.into(), ended, killer }
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Waits for the end of the VM.
+    pub(crate) async fn ended(&self) -> Exit {
+        let mut ended = self.ended.clone();
+        let found = ended.wait_for(Option::is_some).await.ok().and_then(|exit| exit.clone());
+        found.unwrap_or_else(|| unexplained("its watcher is gone".to_owned()))
+    }
+
+    /// Ends the VM: asks for it, then kills.
+    pub(crate) async fn end(&self) {
+        if let Ok(mut line) = serde_json::to_vec(&Request::Shutdown) {
+            line.push(b'\n');
+            // A VMM that has ended already does not read this; its end is what we wait for.
+            let _ = self.requests.lock().await.write_all(&line).await;
+        }
+        if tokio::time::timeout(END_DEADLINE, self.ended()).await.is_err() {
+            self.killer.notify_one();
+            self.ended().await;
+        }
+    }
+}
+
+/// Reads what the VMM says until it ends, then reaps it.
+async fn watch_child(
+    mut child: Child,
+    messages: tokio::net::unix::OwnedReadHalf,
+    killer: std::sync::Arc<tokio::sync::Notify>,
+    ended: watch::Sender<Option<Exit>>,
+) {
+    let mut lines = BufReader::new(messages).lines();
+    let mut reported = None;
+    loop {
+        tokio::select! {
+            line = lines.next_line() => match line {
+                Ok(Some(line)) => {
+                    if let Ok(Message::Exited(exit)) = serde_json::from_str(&line) {
+                        reported = Some(exit);
+                    }
+                }
+                Ok(None) | Err(_) => break,
+            },
+            () = killer.notified() => {
+                let _ = child.start_kill();
+                break;
+            }
+        }
+    }
+    let status = tokio::select! {
+        status = child.wait() => status,
+        () = killer.notified() => {
+            let _ = child.start_kill();
+            child.wait().await
+        }
+    };
+    let exit = reported.unwrap_or_else(|| {
+        unexplained(status.map_or_else(|error| error.to_string(), |status| format!("its process ended with {status}")))
+    });
+    // Nobody listening means the sandbox was dropped.
+    let _ = ended.send(Some(exit));
+}
+
+fn unexplained(detail: String) -> Exit {
+    Exit { reason: ExitReason::VmmError { detail: format!("the VMM gave no reason: {detail}") }, console_tail: String::new() }
+}
+
+/// Descriptors for the child, numbered from 3.
+#[derive(Default)]
+struct Passed(Vec<FdMapping>);
+
+impl Passed {
+    fn add(&mut self, parent_fd: OwnedFd) -> Fd {
+        let child_fd = 3 + i32::try_from(self.0.len()).expect("a few descriptors");
+        self.0.push(FdMapping { parent_fd, child_fd });
+        Fd(child_fd)
+    }
+}
+
+fn port_pair() -> io::Result<(AsyncFd<OwnedFd>, OwnedFd)> {
+    let (ours, theirs) =
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)?;
+    Ok((AsyncFd::new(ours)?, theirs))
+}
+
+fn config_file(config: &VmConfig) -> io::Result<OwnedFd> {
+    let mut file = File::from(rustix::fs::memfd_create("vm-config", MemfdFlags::CLOEXEC)?);
+    file.write_all(&serde_json::to_vec(config)?)?;
+    file.rewind()?;
+    Ok(file.into())
+}
