@@ -1,0 +1,207 @@
+"""Local half of tests/on-kvm: runs one command in the emulated KVM host as if it ran here.
+
+client.py --ping SECONDS      print how many commands run there; exit 1 when it does not answer
+client.py -- CMD ARG...       run CMD there, booting the host with ./boot when it does not answer
+"""
+import fcntl
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+import tty
+
+HERE = os.path.dirname(os.path.realpath(__file__))
+CHECKOUT = os.path.dirname(os.path.dirname(HERE))
+HOME = os.environ.get("HOME", "/root")
+CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME") or HOME + "/.cache", "vmrun")
+STATE = CACHE + "/kvm-host/state"
+START_TIMEOUT_S = 30
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+EXIT_NO_HOST = 125
+
+
+class NoHost(Exception):
+    """The emulated host did not take the command."""
+
+
+def connect(session, role, timeout_s):
+    try:
+        with open(STATE + "/port") as port, open(STATE + "/key", "rb") as key:
+            conn = socket.create_connection(("127.0.0.1", int(port.read())), timeout_s)
+            conn.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            conn.sendall(key.read(32) + session + role)
+            return conn
+    except (OSError, ValueError) as error:
+        raise NoHost(str(error)) from error
+
+
+def ping(timeout_s):
+    try:
+        conn = connect(b"0" * 16, b"p", timeout_s)
+        count = conn.makefile().readline().strip()
+    except (NoHost, OSError):
+        return 1
+    print(count, flush=True)
+    return 0 if count else 1
+
+
+def boot():
+    result = subprocess.run([HERE + "/boot"], stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno())
+    if result.returncode != 0:
+        print("on-kvm: no host with a usable KVM could be had (see above)", file=sys.stderr)
+        sys.exit(EXIT_NO_HOST)
+
+
+class Command:
+    def __init__(self, argv):
+        self.argv = argv
+        # A job in the background of a terminal must not touch it: reading would stop it.
+        foreground = os.isatty(0) and os.tcgetpgrp(0) == os.getpgrp()
+        self.is_tty = [foreground and os.isatty(fd) for fd in range(3)]
+        self.reads_stdin = foreground or not os.isatty(0)
+        self.lock = threading.Lock()
+
+    def start(self):
+        session = os.urandom(8).hex().encode()
+        self.streams = [connect(session, role, START_TIMEOUT_S) for role in (b"0", b"1", b"2")]
+        self.control = connect(session, b"c", START_TIMEOUT_S)
+        request = json.dumps(self.request()).encode()
+        try:
+            self.control.sendall(struct.pack(">I", len(request)) + request)
+            self.replies = self.control.makefile("rb")
+            if b"started" not in self.replies.readline():
+                raise NoHost("it closed the connection")
+        except OSError as error:
+            raise NoHost(f"it did not start the command within {START_TIMEOUT_S} s: {error}") from error
+        for conn in (self.control, *self.streams):
+            conn.settimeout(None)
+
+    def request(self):
+        umask = os.umask(0)
+        os.umask(umask)
+        return {
+            "argv": [text(os.fsencode(arg)) for arg in self.argv], "cwd": text(os.getcwdb()),
+            "env": {text(name): text(value) for name, value in os.environb.items()},
+            "uid": os.geteuid(), "gid": os.getegid(), "groups": os.getgroups(), "umask": umask,
+            "tty": self.is_tty, "winsize": window_size(), "time": time.time(), "stamp": stamp(), "shares": shares(),
+        }
+
+    def run(self):
+        """Exit status of the command."""
+        for number in FORWARDED:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda number, _: self.send({"signal": number}))
+        saved = None
+        if self.is_tty[0]:
+            signal.signal(signal.SIGWINCH, lambda *_: self.send({"winsize": window_size()}))
+            saved = termios.tcgetattr(0)
+            tty.setraw(0)
+        try:
+            outputs = [threading.Thread(target=self.copy_output, args=(fd,), daemon=True) for fd in (1, 2)]
+            self.received = [0, 0, 0]
+            for thread in outputs:
+                thread.start()
+            threading.Thread(target=self.copy_stdin, daemon=True).start()
+            reply = self.replies.readline()
+            for thread in outputs:
+                thread.join()
+        finally:
+            if saved is not None:
+                termios.tcsetattr(0, termios.TCSADRAIN, saved)
+        return self.status(reply)
+
+    def status(self, reply):
+        if not reply:
+            print("on-kvm: the emulated host went away while the command ran", file=sys.stderr)
+            return EXIT_NO_HOST
+        end = json.loads(reply)
+        if sum(end["sent"]) != sum(self.received):
+            print(f"on-kvm: output lost: {end['sent']} bytes sent, {self.received} received", file=sys.stderr)
+            return EXIT_NO_HOST
+        return 128 - end["exit"] if end["exit"] < 0 else end["exit"]
+
+    def send(self, message):
+        try:
+            self.control.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:
+            pass  # it has ended
+
+    def copy_output(self, fd):
+        conn = self.streams[fd]
+        try:
+            while data := conn.recv(1 << 17):
+                self.received[fd] += len(data)
+                while data:
+                    data = data[os.write(fd, data):]
+        except OSError:
+            pass  # nobody reads ours: closing the connection makes the command see a broken pipe
+        conn.close()
+
+    def copy_stdin(self):
+        conn = self.streams[0]
+        try:
+            while self.reads_stdin and (data := os.read(0, 1 << 16)):
+                conn.sendall(data)
+        except OSError:
+            os.close(0)  # the command has closed its stdin: whoever writes into ours gets a broken pipe
+        conn.close()
+
+
+def text(data):
+    return data.decode("latin-1")  # any bytes, one to one
+
+
+def window_size():
+    try:
+        return struct.unpack("HHHH", fcntl.ioctl(0, termios.TIOCGWINSZ, b"\0" * 8))[:2]
+    except OSError:
+        return (24, 80)
+
+
+def stamp():
+    """Changes when packages of this machine do."""
+    paths = ("/var/lib/dpkg/status", "/etc", "/usr/bin", "/usr/sbin", "/usr/lib", "/usr/local/bin", "/opt")
+    return " ".join(str(os.stat(path).st_mtime_ns) for path in paths if os.path.exists(path))
+
+
+def shares():
+    """Directories the command must see as they are here, at this moment."""
+    wanted = [CHECKOUT, toplevel(os.getcwd()), CACHE, os.environ.get("CARGO_HOME") or HOME + "/.cargo",
+              os.environ.get("CARGO_TARGET_DIR", ""), *os.environ.get("VMRUN_KVM_SHARE", "").split(":")]
+    return sorted({text(os.fsencode(path)) for path in map(os.path.realpath, filter(None, wanted)) if os.path.isdir(path) and path != "/"})
+
+
+def toplevel(path):
+    while path != "/":
+        if os.path.exists(path + "/.git"):
+            return path
+        path = os.path.dirname(path)
+    return ""
+
+
+def main():
+    if sys.argv[1] == "--ping":
+        return ping(float(sys.argv[2]))
+    command = Command(sys.argv[2:])
+    try:
+        command.start()
+    except NoHost:
+        boot()
+        try:
+            command.start()
+        except NoHost as error:
+            print(f"on-kvm: the emulated host was booted and does not take commands: {error}", file=sys.stderr)
+            return EXIT_NO_HOST
+    return command.run()
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # the stdin thread may be blocked in a read
