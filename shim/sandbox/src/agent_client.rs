@@ -36,7 +36,9 @@ impl AgentClient {
 
     pub(crate) async fn start(&self, container_id: &str) -> Result<(), CallError> {
         let request = container(container_id);
-        bounded("StartContainer", self.0.start_container(context::with_duration(CALL_DEADLINE), &request)).await.map(drop)
+        bounded("StartContainer", self.0.start_container(context::with_duration(CALL_DEADLINE), &request))
+            .await
+            .map(drop)
     }
 
     pub(crate) async fn exec(&self, request: &message::ExecRequest) -> Result<(), CallError> {
@@ -94,7 +96,9 @@ impl AgentClient {
     }
 
     pub(crate) async fn resume(&self, container_id: &str) -> Result<(), CallError> {
-        bounded("Resume", self.0.resume(context::with_duration(CALL_DEADLINE), &container(container_id))).await.map(drop)
+        bounded("Resume", self.0.resume(context::with_duration(CALL_DEADLINE), &container(container_id)))
+            .await
+            .map(drop)
     }
 
     pub(crate) async fn list_processes(&self, container_id: &str) -> Result<Vec<message::GuestProcess>, CallError> {

@@ -25,7 +25,8 @@ impl Artifacts {
     /// # Errors
     /// [`BootError::MissingArtifact`] for the first one that is not there.
     pub fn find() -> Result<Self, BootError> {
-        let program = env::current_exe().map_err(|source| BootError::Host { action: "find the running program", source })?;
+        let program =
+            env::current_exe().map_err(|source| BootError::Host { action: "find the running program", source })?;
         let program_dir = program.parent().unwrap_or(Path::new("/"));
         Ok(Self {
             vmm: locate("the VMM", "vmm", "VMRUN_VMM", program_dir)?,
@@ -40,11 +41,11 @@ fn locate(what: &'static str, name: &str, variable: &'static str, program_dir: &
     let beside = program_dir.join(name);
     let installed = program_dir.join("../libexec/vmrun").join(name);
     let candidates = named.map_or_else(|| vec![beside.clone(), installed], |path| vec![path]);
-    candidates
-        .iter()
-        .find(|path| path.is_file())
-        .cloned()
-        .ok_or_else(|| BootError::MissingArtifact { what, path: candidates.first().cloned().unwrap_or(beside), variable })
+    candidates.iter().find(|path| path.is_file()).cloned().ok_or_else(|| BootError::MissingArtifact {
+        what,
+        path: candidates.first().cloned().unwrap_or(beside),
+        variable,
+    })
 }
 
 #[cfg(test)]

@@ -68,7 +68,9 @@ pub enum BootError {
         elapsed_ms: u128,
     },
     /// The agent did not dial in.
-    #[error("the agent was not ready {deadline_ms} ms after the start of the VM; see the guest's console with --console")]
+    #[error(
+        "the agent was not ready {deadline_ms} ms after the start of the VM; see the guest's console with --console"
+    )]
     AgentSilent {
         /// The deadline that passed.
         deadline_ms: u128,

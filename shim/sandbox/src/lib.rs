@@ -23,7 +23,9 @@ pub use boot::{BootRequest, BootTimes};
 pub use error::{BootError, CallError};
 pub use streams::ProcessStreams;
 use streams::StreamTable;
+pub use vmm_api::CachePolicy;
 pub use vmm_api::control::{Exit, ExitReason, Stats as VmmStats};
+pub use vmm_api::fds;
 use vmm_process::VmmProcess;
 
 /// A running microVM whose agent answers. Dropping it ends the VM.
@@ -196,7 +198,7 @@ impl Sandbox {
     }
 
     /// Asks the guest to write back and reset, then ends the VMM, in at most two seconds.
-    pub async fn stop(self) {
+    pub async fn stop(&self) {
         self.agent.shutdown().await;
         self.vmm.end().await;
     }

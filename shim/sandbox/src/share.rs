@@ -14,7 +14,8 @@ use std::thread;
 use nix::sched::CloneFlags;
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::mount::{
-    MountFlags, MountPropagationFlags, OpenTreeFlags, mount, mount_bind_recursive, mount_change, mount_remount, open_tree,
+    MountFlags, MountPropagationFlags, OpenTreeFlags, mount, mount_bind_recursive, mount_change, mount_remount,
+    open_tree,
 };
 
 use crate::BootError;
@@ -48,7 +49,9 @@ pub enum Rootfs {
 pub fn rootfs_tree(rootfs: Rootfs, scratch: &Path) -> Result<OwnedFd, BootError> {
     let shown = match &rootfs {
         Rootfs::Directory { path, .. } => path.clone(),
-        Rootfs::Layers { lower, layer_dir, .. } => lower.first().map_or_else(|| layer_dir.clone(), |l| layer_dir.join(l)),
+        Rootfs::Layers { lower, layer_dir, .. } => {
+            lower.first().map_or_else(|| layer_dir.clone(), |l| layer_dir.join(l))
+        }
     };
     let scratch = scratch.to_owned();
     in_private_namespace(move || mount_rootfs(&rootfs, &scratch))

@@ -2,14 +2,12 @@
 //! writes that id first. Ids that nobody expects are dropped.
 
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::io::AsyncReadExt as _;
-use tokio::io::unix::AsyncFd;
-use tokio::net::UnixStream;
+use tokio::net::{UnixDatagram, UnixStream};
 use tokio::sync::oneshot;
 
 use crate::vmm_process::accept;
@@ -53,7 +51,7 @@ pub(crate) struct Expected {
 
 impl StreamTable {
     /// Takes connections from the stream port for as long as the table lives.
-    pub(crate) fn serve(port: AsyncFd<OwnedFd>) -> Self {
+    pub(crate) fn serve(port: UnixDatagram) -> Self {
         let waiting = Waiting::default();
         let server = tokio::spawn(serve(port, waiting.clone()));
         Self { waiting, next_id: AtomicU64::new(1), server }
@@ -117,7 +115,7 @@ async fn connected(stream: &'static str, pending: Option<Pending>) -> Result<Opt
     }
 }
 
-async fn serve(port: AsyncFd<OwnedFd>, waiting: Waiting) {
+async fn serve(port: UnixDatagram, waiting: Waiting) {
     while let Ok(stream) = accept(&port).await {
         let waiting = waiting.clone();
         tokio::spawn(async move {

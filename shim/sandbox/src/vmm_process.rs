@@ -14,9 +14,8 @@ use agent_api::{CONTROL_PORT, STREAM_PORT};
 use command_fds::{CommandFdExt as _, FdMapping};
 use rustix::fs::MemfdFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
-use tokio::net::UnixStream;
+use tokio::net::{UnixDatagram, UnixStream};
 use tokio::process::{Child, Command};
 use tokio::sync::watch;
 use vmm_api::control::{Exit, ExitReason, Message, Request};
@@ -47,8 +46,8 @@ pub(crate) struct VmmProcess {
 
 /// The guest's two ports: connections that it makes arrive here as descriptors.
 pub(crate) struct Ports {
-    control: AsyncFd<OwnedFd>,
-    pub(crate) streams: AsyncFd<OwnedFd>,
+    control: UnixDatagram,
+    pub(crate) streams: UnixDatagram,
 }
 
 impl Ports {
@@ -61,11 +60,10 @@ impl Ports {
 }
 
 /// Waits for the next connection that the VMM passes on.
-pub(crate) async fn accept(port: &AsyncFd<OwnedFd>) -> io::Result<std::os::unix::net::UnixStream> {
+pub(crate) async fn accept(port: &UnixDatagram) -> io::Result<std::os::unix::net::UnixStream> {
     let mut source_port = [0; 4];
-    let (_, mut fds) = port
-        .async_io(tokio::io::Interest::READABLE, |fd| vmm_api::fds::recv(fd.as_fd(), &mut source_port))
-        .await?;
+    let (_, mut fds) =
+        port.async_io(tokio::io::Interest::READABLE, || vmm_api::fds::recv(port.as_fd(), &mut source_port)).await?;
     fds.pop().map(Into::into).ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
 }
 
@@ -194,7 +192,10 @@ async fn watch_child(
 }
 
 fn unexplained(detail: String) -> Exit {
-    Exit { reason: ExitReason::VmmError { detail: format!("the VMM gave no reason: {detail}") }, console_tail: String::new() }
+    Exit {
+        reason: ExitReason::VmmError { detail: format!("the VMM gave no reason: {detail}") },
+        console_tail: String::new(),
+    }
 }
 
 /// Descriptors for the child, numbered from 3.
@@ -209,10 +210,11 @@ impl Passed {
     }
 }
 
-fn port_pair() -> io::Result<(AsyncFd<OwnedFd>, OwnedFd)> {
+fn port_pair() -> io::Result<(UnixDatagram, OwnedFd)> {
     let (ours, theirs) =
         socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)?;
-    Ok((AsyncFd::new(ours)?, theirs))
+    // tokio has no type for SEQPACKET; of this one only readiness and the descriptor are used.
+    Ok((UnixDatagram::from_std(ours.into())?, theirs))
 }
 
 fn config_file(config: &VmConfig) -> io::Result<OwnedFd> {

@@ -1,0 +1,214 @@
+//! The command line: Docker's names where Docker has them.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Run OCI containers, each in its own microVM.
+#[derive(Debug, Parser)]
+#[command(name = "vmrun", version, max_term_width = 100)]
+pub(crate) struct Cli {
+    /// Folder for the state of running containers.
+    #[arg(long, global = true, default_value = "/run/vmrun", value_name = "DIR")]
+    pub(crate) root: PathBuf,
+    /// Folder for images and for what containers write.
+    #[arg(long, global = true, default_value = "/var/lib/vmrun", value_name = "DIR")]
+    pub(crate) data_root: PathBuf,
+    /// What to log on standard error: error, warn, info, debug or trace.
+    #[arg(long, global = true, default_value = "warn", value_name = "LEVEL")]
+    pub(crate) log_level: String,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a command in a new container, in a new microVM.
+    Run(Box<RunArgs>),
+    /// Run another command in a running container.
+    Exec(ExecArgs),
+    /// List containers.
+    Ps {
+        /// Also those that have exited.
+        #[arg(short, long)]
+        all: bool,
+        /// Print a JSON array.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Send a signal to the command of a container.
+    Kill {
+        /// Name or number of the signal.
+        #[arg(short, long, default_value = "KILL")]
+        signal: String,
+        /// Names of containers.
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// Remove what containers left whose owner was killed.
+    Gc,
+    /// Say whether this host can run microVMs, line by line.
+    Check {
+        /// Print a JSON array.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Unpack a layer from standard input: a step of `run` in a process of its own.
+    #[command(hide = true)]
+    UnpackLayer {
+        /// none, gzip or zstd.
+        compression: String,
+        /// An empty directory.
+        target: PathBuf,
+    },
+    /// Print the completion script of a shell.
+    Completions {
+        /// Which shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+/// What the container is.
+#[derive(Args, Debug)]
+#[command(disable_help_flag = true)]
+pub(crate) struct RunArgs {
+    /// Print help.
+    #[arg(long, action = clap::ArgAction::Help)]
+    help: Option<bool>,
+    /// Keep standard input open.
+    #[arg(short, long)]
+    pub(crate) interactive: bool,
+    /// Give the command a terminal.
+    #[arg(short, long)]
+    pub(crate) tty: bool,
+    /// Remove the container when it exits.
+    #[arg(long)]
+    pub(crate) rm: bool,
+    /// Name of the container.
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Set an environment variable; without a value, pass ours on.
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    pub(crate) env: Vec<String>,
+    /// Read environment variables from a file of NAME=VALUE lines.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) env_file: Vec<PathBuf>,
+    /// Working directory of the command.
+    #[arg(short, long, value_name = "DIR")]
+    pub(crate) workdir: Option<String>,
+    /// User of the command: name or number, and group.
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    pub(crate) user: Option<String>,
+    /// Host name of the container.
+    #[arg(short, long)]
+    pub(crate) hostname: Option<String>,
+    /// Memory limit of the container, as 512m or 2g.
+    #[arg(short, long, default_value = "512m", value_parser = parse_bytes)]
+    pub(crate) memory: u64,
+    /// CPU limit of the container.
+    #[arg(long, default_value_t = 1.0)]
+    pub(crate) cpus: f64,
+    /// Most processes in the container.
+    #[arg(long, value_name = "COUNT")]
+    pub(crate) pids_limit: Option<i64>,
+    /// Share a host path with the container.
+    #[arg(short, long, value_name = "HOST:GUEST[:ro]")]
+    pub(crate) volume: Vec<String>,
+    /// Mount a tmpfs.
+    #[arg(long, value_name = "GUEST[:OPTIONS]")]
+    pub(crate) tmpfs: Vec<String>,
+    /// Make the container's root read-only.
+    #[arg(long)]
+    pub(crate) read_only: bool,
+    /// Add a capability.
+    #[arg(long, value_name = "CAPABILITY")]
+    pub(crate) cap_add: Vec<String>,
+    /// Drop a capability.
+    #[arg(long, value_name = "CAPABILITY")]
+    pub(crate) cap_drop: Vec<String>,
+    /// Security option: no-new-privileges.
+    #[arg(long, value_name = "OPTION")]
+    pub(crate) security_opt: Vec<String>,
+    /// Replace the image's entrypoint.
+    #[arg(long, value_name = "COMMAND")]
+    pub(crate) entrypoint: Option<String>,
+    /// Set a kernel parameter in the guest.
+    #[arg(long, value_name = "NAME=VALUE")]
+    pub(crate) sysctl: Vec<String>,
+    /// Set a resource limit, as nofile=1024:2048.
+    #[arg(long, value_name = "TYPE=SOFT[:HARD]")]
+    pub(crate) ulimit: Vec<String>,
+    /// Print the stages of the start with their times on standard error.
+    #[arg(long)]
+    pub(crate) timing: bool,
+    /// Print the guest's serial console on standard error.
+    #[arg(long)]
+    pub(crate) console: bool,
+    /// The image: rootfs:DIR, oci:DIR[:TAG].
+    pub(crate) image: String,
+    /// The command and its arguments.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) command: Vec<String>,
+}
+
+/// What to run in which container.
+#[derive(Args, Debug)]
+pub(crate) struct ExecArgs {
+    /// Keep standard input open.
+    #[arg(short, long)]
+    pub(crate) interactive: bool,
+    /// Give the command a terminal.
+    #[arg(short, long)]
+    pub(crate) tty: bool,
+    /// Set an environment variable.
+    #[arg(short, long, value_name = "NAME=VALUE")]
+    pub(crate) env: Vec<String>,
+    /// Working directory of the command.
+    #[arg(short, long, value_name = "DIR")]
+    pub(crate) workdir: Option<String>,
+    /// User of the command, in numbers.
+    #[arg(short, long, value_name = "UID[:GID]")]
+    pub(crate) user: Option<String>,
+    /// Name of the container.
+    pub(crate) name: String,
+    /// The command and its arguments.
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) command: Vec<String>,
+}
+
+/// Reads a size as Docker does: a number and b, k, m or g.
+pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
+    let lower = text.to_ascii_lowercase();
+    let lower = lower.strip_suffix('b').unwrap_or(&lower);
+    let (digits, shift) = match lower.chars().last() {
+        Some('k') => (&lower[..lower.len() - 1], 10),
+        Some('m') => (&lower[..lower.len() - 1], 20),
+        Some('g') => (&lower[..lower.len() - 1], 30),
+        Some('t') => (&lower[..lower.len() - 1], 40),
+        _ => (lower, 0),
+    };
+    let number: u64 = digits.parse().map_err(|_| format!("{text:?} is not a size; write for example 512m or 2g"))?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("{text:?} is too large"))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::{Cli, parse_bytes};
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_are_read_as_docker_reads_them() {
+        assert_eq!(parse_bytes("512m"), Ok(512 << 20));
+        assert_eq!(parse_bytes("2GB"), Ok(2 << 30));
+        assert_eq!(parse_bytes("4096"), Ok(4096));
+        assert!(parse_bytes("lots").is_err());
+        assert!(parse_bytes("99999999999999g").is_err());
+    }
+}

@@ -1,0 +1,339 @@
+//! From an image and the command line to an OCI runtime spec with Docker's defaults.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result, bail};
+use oci_spec::runtime::{
+    Capabilities, Capability, LinuxBuilder, LinuxCapabilitiesBuilder, LinuxCpuBuilder, LinuxMemoryBuilder,
+    LinuxNamespaceBuilder, LinuxNamespaceType, LinuxPidsBuilder, LinuxResourcesBuilder, Mount, MountBuilder,
+    PosixRlimit, PosixRlimitBuilder, PosixRlimitType, Process, ProcessBuilder, RootBuilder, Spec, SpecBuilder,
+    UserBuilder,
+};
+
+use crate::cli::{ExecArgs, RunArgs};
+use crate::image::Image;
+use crate::user::User;
+
+/// Docker's path for a command whose image sets none.
+const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Docker's default capabilities.
+const DEFAULT_CAPABILITIES: [Capability; 14] = [
+    Capability::AuditWrite,
+    Capability::Chown,
+    Capability::DacOverride,
+    Capability::Fowner,
+    Capability::Fsetid,
+    Capability::Kill,
+    Capability::Mknod,
+    Capability::NetBindService,
+    Capability::NetRaw,
+    Capability::Setfcap,
+    Capability::Setgid,
+    Capability::Setpcap,
+    Capability::Setuid,
+    Capability::SysChroot,
+];
+
+/// Period of the CPU quota, in microseconds.
+const CPU_PERIOD_US: u64 = 100_000;
+
+/// The words that will be executed.
+pub(crate) fn command(args: &RunArgs, image: &Image) -> Result<Vec<String>> {
+    let mut words = match &args.entrypoint {
+        Some(entrypoint) if entrypoint.is_empty() => Vec::new(),
+        Some(entrypoint) => vec![entrypoint.clone()],
+        None => image.entrypoint.clone(),
+    };
+    if !args.command.is_empty() {
+        words.extend(args.command.iter().cloned());
+    } else if args.entrypoint.is_none() {
+        words.extend(image.cmd.iter().cloned());
+    }
+    if words.is_empty() {
+        bail!("no command: the image names none, so write one after the image");
+    }
+    Ok(words)
+}
+
+/// The spec of a new container; bind mounts still name host paths.
+pub(crate) fn container(args: &RunArgs, image: &Image, user: &User, name: &str, command: &[String]) -> Result<Spec> {
+    let hostname = args.hostname.clone().unwrap_or_else(|| name.to_owned());
+    let linux = LinuxBuilder::default()
+        .namespaces(namespaces()?)
+        .resources(resources(args)?)
+        .cgroups_path(PathBuf::from(format!("/containers/{name}")))
+        .masked_paths(strings(&[
+            "/proc/acpi",
+            "/proc/asound",
+            "/proc/kcore",
+            "/proc/keys",
+            "/proc/latency_stats",
+            "/proc/timer_list",
+            "/proc/timer_stats",
+            "/proc/sched_debug",
+            "/proc/scsi",
+            "/sys/firmware",
+        ]))
+        .readonly_paths(strings(&["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]));
+    let linux = if args.sysctl.is_empty() { linux } else { linux.sysctl(pairs("--sysctl", &args.sysctl)?) };
+    let spec = SpecBuilder::default()
+        .version("1.0.2")
+        .root(RootBuilder::default().path("rootfs").readonly(args.read_only).build()?)
+        .hostname(hostname)
+        .process(init_process(args, image, user, command)?)
+        .mounts(mounts(args)?)
+        .linux(linux.build()?)
+        .build()?;
+    Ok(spec)
+}
+
+fn strings(words: &[&str]) -> Vec<String> {
+    words.iter().map(ToString::to_string).collect()
+}
+
+fn namespaces() -> Result<Vec<oci_spec::runtime::LinuxNamespace>> {
+    // The network is the VM's own.
+    [
+        LinuxNamespaceType::Pid,
+        LinuxNamespaceType::Ipc,
+        LinuxNamespaceType::Uts,
+        LinuxNamespaceType::Mount,
+        LinuxNamespaceType::Cgroup,
+    ]
+    .into_iter()
+    .map(|typ| Ok(LinuxNamespaceBuilder::default().typ(typ).build()?))
+    .collect()
+}
+
+fn resources(args: &RunArgs) -> Result<oci_spec::runtime::LinuxResources> {
+    #[expect(clippy::cast_possible_truncation, reason = "0 < cpus <= 64 was checked")]
+    let quota = (args.cpus * CPU_PERIOD_US as f64) as i64;
+    let memory = i64::try_from(args.memory).context("memory limit too large")?;
+    let resources = LinuxResourcesBuilder::default()
+        .memory(LinuxMemoryBuilder::default().limit(memory).build()?)
+        .cpu(LinuxCpuBuilder::default().quota(quota).period(CPU_PERIOD_US).build()?);
+    let resources = match args.pids_limit {
+        Some(limit) => resources.pids(LinuxPidsBuilder::default().limit(limit).build()?),
+        None => resources,
+    };
+    Ok(resources.build()?)
+}
+
+fn init_process(args: &RunArgs, image: &Image, user: &User, command: &[String]) -> Result<Process> {
+    let mut env = vec![DEFAULT_PATH.to_owned()];
+    set_all(&mut env, image.env.iter().cloned());
+    if args.tty {
+        set_all(&mut env, ["TERM=xterm".to_owned()]);
+    }
+    if let Some(home) = &user.home {
+        set_all(&mut env, [format!("HOME={home}")]);
+    }
+    for path in &args.env_file {
+        let text = fs::read_to_string(path).with_context(|| format!("cannot read the env file {}", path.display()))?;
+        let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+        set_all(&mut env, lines.filter_map(with_value));
+    }
+    set_all(&mut env, args.env.iter().filter_map(|variable| with_value(variable)));
+    let workdir = args.workdir.clone().or_else(|| image.workdir.clone()).filter(|dir| !dir.is_empty());
+    let process = ProcessBuilder::default()
+        .terminal(args.tty)
+        .args(command.to_vec())
+        .env(env)
+        .cwd(workdir.unwrap_or_else(|| "/".to_owned()))
+        .user(UserBuilder::default().uid(user.uid).gid(user.gid).additional_gids(user.additional_gids.clone()).build()?)
+        .capabilities(capabilities(args, user.uid)?)
+        .rlimits(rlimits(&args.ulimit)?)
+        .no_new_privileges(no_new_privileges(&args.security_opt)?);
+    Ok(process.build()?)
+}
+
+/// The process that `vmrun exec` asks for.
+pub(crate) fn exec_process(args: &ExecArgs) -> Result<Process> {
+    let user = match args.user.as_deref() {
+        None => UserBuilder::default().uid(0_u32).gid(0_u32),
+        Some(text) => {
+            let (uid, gid) = text.split_once(':').unwrap_or((text, "0"));
+            let number =
+                |t: &str| t.parse::<u32>().with_context(|| format!("{t:?} is not a number; exec takes UID[:GID]"));
+            UserBuilder::default().uid(number(uid)?).gid(number(gid)?)
+        }
+    };
+    let mut env = vec![DEFAULT_PATH.to_owned()];
+    if args.tty {
+        env.push("TERM=xterm".to_owned());
+    }
+    set_all(&mut env, args.env.iter().filter_map(|variable| with_value(variable)));
+    let set: Capabilities = DEFAULT_CAPABILITIES.into_iter().collect();
+    let process = ProcessBuilder::default()
+        .terminal(args.tty)
+        .args(args.command.clone())
+        .env(env)
+        .cwd(args.workdir.clone().unwrap_or_else(|| "/".to_owned()))
+        .user(user.build()?)
+        .capabilities(capability_sets(&set)?)
+        .no_new_privileges(false);
+    Ok(process.build()?)
+}
+
+/// `NAME=VALUE` as it is; `NAME` with our own value, or not at all.
+fn with_value(variable: &str) -> Option<String> {
+    if variable.contains('=') {
+        return Some(variable.to_owned());
+    }
+    std::env::var(variable).ok().map(|value| format!("{variable}={value}"))
+}
+
+/// Later values of a variable replace earlier ones.
+fn set_all(env: &mut Vec<String>, variables: impl IntoIterator<Item = String>) {
+    for variable in variables {
+        let name_len = variable.find('=').map_or(variable.len(), |at| at + 1);
+        env.retain(|existing| !existing.starts_with(&variable[..name_len]));
+        env.push(variable);
+    }
+}
+
+fn capabilities(args: &RunArgs, uid: u32) -> Result<oci_spec::runtime::LinuxCapabilities> {
+    let mut set: Capabilities = DEFAULT_CAPABILITIES.into_iter().collect();
+    for name in &args.cap_drop {
+        if name.eq_ignore_ascii_case("all") {
+            set.clear();
+        } else {
+            set.remove(&capability(name)?);
+        }
+    }
+    for name in &args.cap_add {
+        set.insert(capability(name)?);
+    }
+    if uid == 0 {
+        return capability_sets(&set);
+    }
+    // As with Docker, a user other than root has the bounding set only.
+    let none = Capabilities::new();
+    let sets = LinuxCapabilitiesBuilder::default().bounding(set).effective(none.clone()).permitted(none.clone());
+    Ok(sets.inheritable(none.clone()).ambient(none).build()?)
+}
+
+fn capability_sets(set: &Capabilities) -> Result<oci_spec::runtime::LinuxCapabilities> {
+    let sets = LinuxCapabilitiesBuilder::default().bounding(set.clone()).effective(set.clone()).permitted(set.clone());
+    Ok(sets.inheritable(Capabilities::new()).ambient(Capabilities::new()).build()?)
+}
+
+fn capability(name: &str) -> Result<Capability> {
+    let upper = name.to_ascii_uppercase();
+    let name = if upper.starts_with("CAP_") { upper } else { format!("CAP_{upper}") };
+    serde_json::from_value(serde_json::Value::String(name.clone()))
+        .with_context(|| format!("unknown capability {name}"))
+}
+
+fn rlimits(ulimits: &[String]) -> Result<Vec<PosixRlimit>> {
+    let mut limits = Vec::new();
+    for text in ulimits {
+        let bad = || format!("--ulimit {text:?} is not TYPE=SOFT[:HARD]");
+        let (name, values) = text.split_once('=').with_context(bad)?;
+        let (soft, hard) = values.split_once(':').unwrap_or((values, values));
+        let typ = serde_json::Value::String(format!("RLIMIT_{}", name.to_ascii_uppercase()));
+        let typ: PosixRlimitType = serde_json::from_value(typ).with_context(|| format!("unknown limit {name:?}"))?;
+        let number = |value: &str| if value == "-1" { Ok(u64::MAX) } else { value.parse().with_context(bad) };
+        limits.push(PosixRlimitBuilder::default().typ(typ).soft(number(soft)?).hard(number(hard)?).build()?);
+    }
+    Ok(limits)
+}
+
+fn no_new_privileges(options: &[String]) -> Result<bool> {
+    for option in options {
+        match option.as_str() {
+            "no-new-privileges" | "no-new-privileges:true" | "no-new-privileges=true" => {}
+            other => bail!("--security-opt {other:?} is not supported; no-new-privileges is"),
+        }
+    }
+    Ok(!options.is_empty())
+}
+
+fn pairs(flag: &str, words: &[String]) -> Result<std::collections::HashMap<String, String>> {
+    let pair = |word: &String| word.split_once('=').map(|(name, value)| (name.to_owned(), value.to_owned()));
+    words.iter().map(|word| pair(word).with_context(|| format!("{flag} {word:?} is not NAME=VALUE"))).collect()
+}
+
+fn mounts(args: &RunArgs) -> Result<Vec<Mount>> {
+    let mut mounts = vec![
+        mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"])?,
+        mount("/dev", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"])?,
+        mount(
+            "/dev/pts",
+            "devpts",
+            "devpts",
+            &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+        )?,
+        mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", "ro"])?,
+        mount("/sys/fs/cgroup", "cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", "ro"])?,
+        mount("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"])?,
+        mount("/dev/shm", "tmpfs", "shm", &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"])?,
+    ];
+    for text in &args.tmpfs {
+        let (path, options) = text.split_once(':').unwrap_or((text, "nosuid,nodev,noexec,mode=1777"));
+        mounts.push(mount(path, "tmpfs", "tmpfs", &options.split(',').collect::<Vec<_>>())?);
+    }
+    for text in &args.volume {
+        mounts.push(volume(text)?);
+    }
+    Ok(mounts)
+}
+
+fn mount(path: &str, typ: &str, source: &str, options: &[&str]) -> Result<Mount> {
+    Ok(MountBuilder::default().destination(path).typ(typ).source(source).options(strings(options)).build()?)
+}
+
+fn volume(text: &str) -> Result<Mount> {
+    let fields: Vec<&str> = text.split(':').collect();
+    let (source, target, read_only) = match fields.as_slice() {
+        [source, target] | [source, target, "rw"] => (source, target, false),
+        [source, target, "ro"] => (source, target, true),
+        _ => bail!("--volume {text:?} is not HOST:GUEST[:ro]"),
+    };
+    if !target.starts_with('/') {
+        bail!("--volume {text:?}: {target:?} is not an absolute path in the container");
+    }
+    let source = fs::canonicalize(source).with_context(|| format!("--volume {text:?}: cannot use {source}"))?;
+    let source = source.to_str().with_context(|| format!("--volume {text:?}: the path is not UTF-8"))?;
+    mount(target, "bind", source, if read_only { &["rbind", "ro"] } else { &["rbind"] })
+}
+
+/// Prints why a command could not be started; returns Docker's exit status for it.
+pub(crate) fn report_start_failure(cause: &str) -> u8 {
+    eprintln!("vmrun: cannot start the command: {cause}");
+    if cause.contains("exec-not-found") {
+        127
+    } else if cause.contains("exec-not-executable") {
+        126
+    } else {
+        125
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{capability, set_all, volume};
+
+    #[test]
+    fn later_values_of_a_variable_win() {
+        let mut env = vec!["A=1".to_owned(), "AB=2".to_owned()];
+        set_all(&mut env, ["A=3".to_owned()]);
+        assert_eq!(env, ["AB=2", "A=3"]);
+    }
+
+    #[test]
+    fn capabilities_go_by_both_names() {
+        assert_eq!(capability("net_admin").expect("known"), capability("CAP_NET_ADMIN").expect("known"));
+        assert!(capability("everything").is_err());
+    }
+
+    #[test]
+    fn a_volume_must_exist_and_have_an_absolute_target() {
+        assert!(volume("/does/not/exist:/mnt").is_err());
+        assert!(volume("/tmp:mnt").is_err());
+        assert!(volume("/tmp:/mnt:rx").is_err());
+        assert!(volume("/tmp:/mnt:ro").is_ok());
+    }
+}
