@@ -1,0 +1,23 @@
+//! The virtual machine monitor: one process, one microVM, on KVM.
+//!
+//! ```text
+//!   main ─► machine (the boot recipe) ─► kvm, memory, kernel, arch (what a VM is made of)
+//!                                     ─► vcpu threads ─► bus ─► legacy, virtio::pci ─► virtio devices
+//!                                     ─► event_loop (main thread): queue kicks, sockets, control
+//! ```
+//!
+//! Knows no containers. Everything it works on arrives as open descriptors in `vmm_api::VmConfig`.
+
+pub mod arch;
+pub mod bus;
+pub mod control;
+pub mod event_loop;
+pub mod exit;
+pub mod inherited;
+pub mod kernel;
+pub mod kvm;
+pub mod legacy;
+pub mod machine;
+pub mod memory;
+pub mod vcpu;
+pub mod virtio;

@@ -1,0 +1,76 @@
+//! What a virtio device is to the rest of the VMM. A device never sees its transport: it gets its queues when the driver is
+//! ready and gives them up on reset.
+
+use std::sync::Arc;
+
+use thiserror::Error;
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
+
+pub mod fs;
+pub mod pci;
+pub mod rng;
+pub mod vsock;
+
+pub use pci::Interrupt;
+
+/// Guest RAM as every device sees it.
+pub type GuestMemory = GuestMemoryMmap<()>;
+
+/// A device of VIRTIO 1.2, section 5.
+pub trait VirtioDevice: Send {
+    /// Device type (VIRTIO 1.2, 5).
+    fn device_id(&self) -> u16;
+    /// Largest size of each queue, a power of two; their number is the number of queues.
+    fn queue_sizes(&self) -> &[u16];
+    /// Feature bits of the device type; the transport adds its own.
+    fn features(&self) -> u64;
+    /// Device configuration space, read-only for the driver.
+    fn config(&self) -> &[u8];
+    /// The driver is ready. Called once between two resets.
+    ///
+    /// # Errors
+    /// Why the device cannot work with these queues; the driver then sees `DEVICE_NEEDS_RESET`.
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
+    /// Stops all work on the queues; the device does not touch guest memory after this returned.
+    fn reset(&mut self);
+}
+
+/// What a device works with from `activate` to `reset`.
+pub struct Activation {
+    /// Guest RAM.
+    pub memory: Arc<GuestMemory>,
+    /// Feature bits that both sides agreed on, the transport's included.
+    pub features: u64,
+    /// One for each of `queue_sizes`, in that order. A queue that the driver did not enable is not `ready`.
+    pub queues: Vec<ActiveQueue>,
+}
+
+/// A queue with its doorbell and its interrupt.
+pub struct ActiveQueue {
+    /// Its rings, checked to lie in guest RAM.
+    pub queue: virtio_queue::Queue,
+    /// Signalled when the driver notifies the queue; non-blocking.
+    pub kick: EventFd,
+    /// Tells the driver that buffers were used.
+    pub interrupt: Interrupt,
+}
+
+/// Why a device cannot start.
+#[derive(Debug, Error)]
+pub enum ActivateError {
+    /// The driver enabled fewer queues than the device needs.
+    #[error("queue {index} is not enabled")]
+    QueueMissing {
+        /// Which.
+        index: usize,
+    },
+    /// The host refused something.
+    #[error("cannot {action}")]
+    Host {
+        /// What was tried.
+        action: &'static str,
+        /// Why.
+        source: std::io::Error,
+    },
+}
