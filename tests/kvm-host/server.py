@@ -17,6 +17,7 @@ KEY_LEN, SESSION_LEN = 32, 16
 PREAMBLE_LEN = KEY_LEN + SESSION_LEN + 1
 ROLES = (b"c", b"0", b"1", b"2")
 PING = b"p"
+ACCEPTED = b"+"  # the client may open its next connection
 ATTACH_TIMEOUT_S = 15
 
 
@@ -63,10 +64,11 @@ class Server:
         except OSError:
             preamble = b""
         self.forget(fd)
-        if preamble[:KEY_LEN] != self.key:
+        if preamble[:KEY_LEN] != self.key or not send(conn, ACCEPTED):
             conn.close()
         elif preamble[-1:] == PING:
-            answer_ping(conn, len(self.children))
+            send(conn, b"%d\n" % len(self.children))
+            conn.close()
         else:
             self.join(preamble[KEY_LEN:-1], preamble[-1:], conn)
 
@@ -113,14 +115,15 @@ class Server:
                 del self.partial[name]  # closes its connections
 
 
-def answer_ping(conn, session_count):
+def send(conn, data):
     try:
-        conn.send(b"%d\n" % session_count)
+        return conn.send(data) == len(data)
     except OSError:
-        pass
-    conn.close()
+        return False
 
 
 if __name__ == "__main__":
     with open(sys.argv[1], "rb") as key_file:
-        Server(key_file.read(KEY_LEN)).run()
+        server = Server(key_file.read(KEY_LEN))
+    print("on-kvm: ready", flush=True)  # boot waits for it on the console
+    server.run()
