@@ -1,2 +1,24 @@
-//! To be filled.
-fn main() {}
+//! PID 1 of the guest: boots user space, dials the host and serves the protocol on that connection.
+//!
+//! Whatever ends this process ends the VM: a failed boot and a lost connection both reset the machine.
+
+mod boot;
+mod server;
+mod share;
+mod sys;
+
+use anyhow::Context as _;
+
+fn main() -> anyhow::Result<()> {
+    anyhow::ensure!(rustix::process::getpid().is_init(), "the agent runs only as PID 1 of a guest");
+    if let Err(error) = run() {
+        sys::log_to_kernel(&format!("agent: {error:#}"));
+    }
+    sys::reset_machine().context("reset the machine")
+}
+
+fn run() -> anyhow::Result<()> {
+    boot::prepare_root().context("prepare the guest")?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
+    runtime.block_on(server::serve_host()).context("serve the host")
+}

@@ -1,0 +1,49 @@
+//! The kernel calls that need `unsafe`, and the end of the machine. Nothing else of the agent is unsafe.
+#![expect(unsafe_code, reason = "RNDADDENTROPY has no safe wrapper")]
+
+use std::fs::OpenOptions;
+use std::io::{self, Write as _};
+
+use rustix::ioctl::{Setter, ioctl, opcode};
+
+/// Largest part of the host's entropy that is used.
+const MAX_ENTROPY_LEN: usize = 64;
+
+/// `struct rand_pool_info` with its flexible array (linux/random.h).
+#[repr(C)]
+struct RandPool {
+    entropy_bits: i32,
+    len: i32,
+    bytes: [u8; MAX_ENTROPY_LEN],
+}
+
+// The kernel encodes only the two leading integers in the number (linux/random.h).
+const RNDADDENTROPY: u32 = opcode::write::<[i32; 2]>(b'R', 0x03);
+
+/// Adds the host's bytes to the random pool and credits them.
+pub(crate) fn add_entropy(entropy: &[u8]) -> io::Result<()> {
+    let len = entropy.len().min(MAX_ENTROPY_LEN);
+    let mut pool = RandPool { entropy_bits: 0, len: 0, bytes: [0; MAX_ENTROPY_LEN] };
+    pool.bytes[..len].copy_from_slice(&entropy[..len]);
+    pool.len = i32::try_from(len).map_err(io::Error::other)?;
+    pool.entropy_bits = pool.len * 8;
+    let device = OpenOptions::new().write(true).open("/dev/urandom")?;
+    // SAFETY: the number takes a pointer to `rand_pool_info`, whose layout `RandPool` has, and `len` is within `bytes`.
+    let request = unsafe { Setter::<{ RNDADDENTROPY as _ }, RandPool>::new(pool) };
+    // SAFETY: the descriptor is /dev/urandom, and the kernel reads `len` bytes after the header and writes nothing.
+    unsafe { ioctl(&device, request) }?;
+    Ok(())
+}
+
+/// Writes one line to the kernel's log; a failure has no other place to be told.
+pub(crate) fn log_to_kernel(line: &str) {
+    if let Ok(mut log) = OpenOptions::new().write(true).open("/dev/kmsg") {
+        let _ = writeln!(log, "{line}");
+    }
+}
+
+/// Flushes every file system and resets the VM.
+pub(crate) fn reset_machine() -> io::Result<()> {
+    rustix::fs::sync();
+    Ok(rustix::system::reboot(rustix::system::RebootCommand::Restart)?)
+}
