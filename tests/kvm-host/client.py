@@ -1,9 +1,11 @@
 """Local half of tests/on-kvm: runs one command in the emulated KVM host as if it ran here.
 
+client.py --version           print what a host booted from these files is called
 client.py --ping SECONDS      print how many commands run there; exit 1 when it does not answer
 client.py -- CMD ARG...       run CMD there, booting the host with ./boot when it does not answer
 """
 import fcntl
+import hashlib
 import json
 import os
 import signal
@@ -61,6 +63,22 @@ def ping(timeout_s):
         return 1
     print(count, flush=True)
     return 0 if count else 1
+
+
+def version():
+    digest = hashlib.sha256(os.environ.get("VMRUN_KVM_MEMORY_MIB", "").encode())
+    for name in ("boot", "init", "server.py", "session.py", "pump.py"):
+        with open(f"{HERE}/{name}", "rb") as file:
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def is_current():
+    try:
+        with open(STATE + "/version") as file:
+            return file.read().strip() == version()
+    except OSError:
+        return False
 
 
 def boot():
@@ -199,8 +217,13 @@ def toplevel(path):
 def main():
     if sys.argv[1] == "--ping":
         return ping(float(sys.argv[2]))
+    if sys.argv[1] == "--version":
+        print(version())
+        return 0
     command = Command(sys.argv[2:])
     try:
+        if not is_current():
+            boot()
         command.start()
     except NoHost:
         boot()
@@ -214,5 +237,5 @@ def main():
 
 if __name__ == "__main__":
     code = main()
-    sys.stderr.flush()
+    sys.stdout.flush()
     os._exit(code)  # the stdin thread may be blocked in a read

@@ -190,8 +190,9 @@ def drop_stale_caches(stamp):
 
 
 def set_clock(now):
-    """Emulated time lags when the outer machine was suspended."""
-    if abs(time.time() - now) > 0.5:
+    """Emulated time lags: the clock chip counts whole seconds, and the outer machine may have been suspended. A request takes a while to
+    get here, so a clock that is a little ahead of it is right."""
+    if not 0 <= time.time() - now < 5:
         time.clock_settime(time.CLOCK_REALTIME, now)
 
 
