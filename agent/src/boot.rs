@@ -15,6 +15,8 @@ pub(crate) enum BootError {
     Mount { fstype: &'static str, target: &'static str, source: io::Error },
     #[error("enter the new root")]
     EnterRoot { source: io::Error },
+    #[error("bring the loopback interface up")]
+    Loopback { source: io::Error },
     #[error("write {}", path.display())]
     Write { path: PathBuf, source: io::Error },
 }
@@ -49,6 +51,7 @@ pub(crate) fn prepare_root() -> Result<(), BootError> {
         })?;
     }
     delegate_controllers()?;
+    crate::sys::bring_loopback_up().map_err(|source| BootError::Loopback { source })?;
     write("/proc/self/oom_score_adj", "-1000")
 }
 
@@ -73,8 +76,12 @@ fn delegate_controllers() -> Result<(), BootError> {
     let path = format!("{CGROUP_ROOT}/cgroup.controllers");
     let controllers =
         fs::read_to_string(&path).map_err(|source| BootError::Write { path: path.clone().into(), source })?;
+    let containers = format!("{CGROUP_ROOT}/containers");
+    fs::create_dir_all(&containers).map_err(|source| BootError::Write { path: containers.clone().into(), source })?;
     for controller in controllers.split_whitespace() {
-        write(&format!("{CGROUP_ROOT}/cgroup.subtree_control"), &format!("+{controller}"))?;
+        for parent in [CGROUP_ROOT, &containers] {
+            write(&format!("{parent}/cgroup.subtree_control"), &format!("+{controller}"))?;
+        }
     }
     Ok(())
 }

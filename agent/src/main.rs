@@ -3,22 +3,35 @@
 //! Whatever ends this process ends the VM: a failed boot and a lost connection both reset the machine.
 
 mod boot;
+mod cgroup;
+mod child;
+mod container;
+mod id;
+mod reaper;
 mod server;
 mod share;
+mod streams;
 mod sys;
+
+use std::process::ExitCode;
 
 use anyhow::Context as _;
 
-fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<ExitCode> {
+    let arguments: Vec<String> = std::env::args().collect();
+    if arguments.get(1).map(String::as_str) == Some("child") {
+        return Ok(child::run(&arguments[2..]));
+    }
     anyhow::ensure!(rustix::process::getpid().is_init(), "the agent runs only as PID 1 of a guest");
     if let Err(error) = run() {
         sys::log_to_kernel(&format!("agent: {error:#}"));
     }
-    sys::reset_machine().context("reset the machine")
+    sys::reset_machine().context("reset the machine")?;
+    Ok(ExitCode::FAILURE)
 }
 
 fn run() -> anyhow::Result<()> {
     boot::prepare_root().context("prepare the guest")?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
-    runtime.block_on(server::serve_host()).context("serve the host")
+    runtime.block_on(server::serve()).context("serve the host")
 }

@@ -1,8 +1,9 @@
 //! The kernel calls that need `unsafe`, and the end of the machine. Nothing else of the agent is unsafe.
-#![expect(unsafe_code, reason = "RNDADDENTROPY has no safe wrapper")]
+#![expect(unsafe_code, reason = "ioctls without a safe wrapper, and inherited descriptors")]
 
 use std::fs::OpenOptions;
 use std::io::{self, Write as _};
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 
 use rustix::ioctl::{Setter, ioctl, opcode};
 
@@ -46,4 +47,31 @@ pub(crate) fn log_to_kernel(line: &str) {
 pub(crate) fn reset_machine() -> io::Result<()> {
     rustix::fs::sync();
     Ok(rustix::system::reboot(rustix::system::RebootCommand::Restart)?)
+}
+
+/// Takes a descriptor that the parent handed over by number; the caller takes each number once.
+pub(crate) fn take_fd(number: i32) -> OwnedFd {
+    // SAFETY: the parent maps exactly these numbers into a fresh child, which takes each once, before it opens anything.
+    unsafe { OwnedFd::from_raw_fd(number) }
+}
+
+/// Sets `IFF_UP` on `lo` (netdevice(7)).
+pub(crate) fn bring_loopback_up() -> io::Result<()> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+    let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+    let mut name = [0; libc::IFNAMSIZ];
+    for (to, from) in name.iter_mut().zip(b"lo") {
+        *to = libc::c_char::from_ne_bytes([*from]);
+    }
+    let flags = libc::c_short::try_from(libc::IFF_UP | libc::IFF_RUNNING).unwrap_or(0);
+    let request = libc::ifreq { ifr_name: name, ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_flags: flags } };
+    // SAFETY: the request is a complete ifreq that outlives the call, and the descriptor is open.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Registers a descriptor with the runtime.
+pub(crate) fn watch(fd: OwnedFd) -> io::Result<tokio::io::unix::AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` names the same open file until it is dropped, and the registration owns it.
+    unsafe { tokio::io::unix::AsyncFd::register(fd) }.map_err(io::Error::from)
 }

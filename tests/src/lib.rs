@@ -1,1 +1,194 @@
-//! To be filled.
+//! The harness of the stories: a root file system to run, `vmrun` with its own folders, and a look at what is left.
+//!
+//! Stories run where KVM can run guests (`tests/on-kvm`), as root. Each has folders of its own; nothing sleeps.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use tempfile::TempDir;
+
+/// Commands of the root file system, each a link to busybox.
+const COMMANDS: [&str; 22] = [
+    "sh", "cat", "echo", "id", "ls", "touch", "sleep", "true", "false", "hostname", "mount", "grep", "wc", "dd", "nproc",
+    "env", "kill", "stty", "ln", "readlink", "mv", "rm",
+];
+
+/// One story: folders and a root file system, removed at its end.
+pub struct Story {
+    dir: TempDir,
+}
+
+impl Default for Story {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Story {
+    /// Makes the folders.
+    ///
+    /// # Panics
+    /// When the host cannot run stories; the message says what is missing.
+    #[must_use]
+    pub fn new() -> Self {
+        assert!(Path::new("/dev/kvm").exists(), "stories need KVM: run them with `make test`, which uses tests/on-kvm");
+        let dir = tempfile::Builder::new().prefix("story-").tempdir_in("/tmp").expect("a temporary folder");
+        let rootfs = dir.path().join("rootfs");
+        for folder in ["bin", "dev", "etc", "proc", "sys", "tmp", "root"] {
+            fs::create_dir_all(rootfs.join(folder)).expect("a folder of the root file system");
+        }
+        fs::copy("/bin/busybox", rootfs.join("bin/busybox")).expect("busybox-static is installed");
+        for command in COMMANDS {
+            symlink("busybox", rootfs.join("bin").join(command)).expect("a link to busybox");
+        }
+        fs::write(rootfs.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/:/bin/sh\n").expect("passwd");
+        fs::write(rootfs.join("etc/group"), "root:x:0:\nuser:x:1000:\n").expect("group");
+        fs::create_dir(dir.path().join("volume")).expect("a volume");
+        Self { dir }
+    }
+
+    /// A folder of the host for sharing.
+    #[must_use]
+    pub fn volume(&self) -> PathBuf {
+        self.dir.path().join("volume")
+    }
+
+    /// The image of this story's root file system.
+    #[must_use]
+    pub fn image(&self) -> String {
+        format!("rootfs:{}", self.dir.path().join("rootfs").display())
+    }
+
+    /// `vmrun` with this story's folders and these arguments.
+    #[must_use]
+    pub fn vmrun(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(std::env::var_os("VMRUN").expect("VMRUN names the program: use `make test`"));
+        command.arg("--root").arg(self.dir.path().join("run")).arg("--data-root").arg(self.dir.path().join("data"));
+        command.args(arguments).stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a command in a new container of this story's root file system.
+    #[must_use]
+    pub fn run(&self, options: &[&str], command: &[&str]) -> Outcome {
+        let image = self.image();
+        let arguments = [&["run", "--rm"], options, &[&image], command].concat();
+        Outcome::of(self.vmrun(&arguments).output().expect("vmrun starts"))
+    }
+
+    /// Starts a container in the background, and waits until it runs.
+    #[must_use]
+    pub fn start(&self, name: &str, command: &[&str]) -> Background {
+        let image = self.image();
+        let arguments = [&["run", "--rm", "--name", name, &image][..], command].concat();
+        let mut child = self.vmrun(&arguments).stdout(Stdio::piped()).spawn().expect("vmrun starts");
+        // The command's first line says that it runs.
+        let mut first = [0; 1];
+        let stdout = child.stdout.as_mut().expect("piped");
+        std::io::Read::read_exact(stdout, &mut first).expect("the command prints a line when it runs");
+        Background { child }
+    }
+
+    /// Asserts that neither processes nor files of this story's containers are left.
+    ///
+    /// # Panics
+    /// When something is.
+    pub fn assert_nothing_left(&self) {
+        for folder in ["run", "data/containers"] {
+            let left: Vec<_> =
+                fs::read_dir(self.dir.path().join(folder)).into_iter().flatten().flatten().map(|e| e.path()).collect();
+            assert!(left.is_empty(), "left behind: {left:?}");
+        }
+        let mounts = fs::read_to_string("/proc/self/mounts").expect("mounts");
+        let ours = self.dir.path().display().to_string();
+        assert!(!mounts.contains(&ours), "mounts left behind:\n{mounts}");
+        let processes: Vec<String> = fs::read_dir("/proc")
+            .expect("proc")
+            .flatten()
+            .filter_map(|entry| fs::read_to_string(entry.path().join("cmdline")).ok())
+            .filter(|cmdline| cmdline.contains(&ours))
+            .collect();
+        assert!(processes.is_empty(), "processes left behind: {processes:?}");
+    }
+}
+
+/// What a finished `vmrun` left to see.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Exit status.
+    pub code: i32,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+impl Outcome {
+    fn of(output: Output) -> Self {
+        Self {
+            code: output.status.code().unwrap_or(-1),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+
+    /// The standard output of a command that must have succeeded.
+    ///
+    /// # Panics
+    /// When it did not.
+    #[must_use]
+    pub fn success(&self) -> &str {
+        assert_eq!(self.code, 0, "{self:?}");
+        &self.stdout
+    }
+}
+
+/// Runs `command` to its end.
+///
+/// # Panics
+/// When it cannot be started.
+#[must_use]
+pub fn outcome(mut command: Command) -> Outcome {
+    Outcome::of(command.output().expect("the command starts"))
+}
+
+/// A `vmrun run` in the background; killed when dropped.
+pub struct Background {
+    child: std::process::Child,
+}
+
+impl Background {
+    /// Process id of `vmrun`.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Kills `vmrun` with SIGKILL and waits for it.
+    ///
+    /// # Panics
+    /// When it cannot be killed.
+    pub fn kill(&mut self) {
+        self.child.kill().expect("kill");
+        self.child.wait().expect("wait");
+    }
+
+    /// Waits for its end; returns its exit status.
+    ///
+    /// # Panics
+    /// When it was killed.
+    #[must_use]
+    pub fn wait(&mut self) -> i32 {
+        self.child.wait().expect("wait").code().expect("an exit status")
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        // It has usually ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

@@ -1,2 +1,56 @@
-//! To be filled.
-fn main() {}
+//! The VMM process: read the configuration, build the machine, run it, say how it ended.
+
+use std::fs::File;
+use std::os::unix::net::UnixStream;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+use clap::Parser;
+use vmm::control::report_exit;
+use vmm::inherited::InheritedFds;
+use vmm::machine::Machine;
+use vmm_api::control::{Exit, ExitReason};
+use vmm_api::{Fd, VmConfig};
+
+/// Run one microVM. Started by vmrun and by the containerd shim, not by hand.
+#[derive(Parser)]
+#[command(version)]
+struct Cli {
+    /// Number of the open descriptor that holds the configuration as JSON.
+    #[arg(long, value_name = "FD")]
+    config_fd: i32,
+    /// What to log on standard error: error, warn, info, debug or trace.
+    #[arg(long, default_value = "warn", value_name = "LEVEL")]
+    log_level: tracing::Level,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    tracing_subscriber::fmt().with_max_level(cli.log_level).with_writer(std::io::stderr).init();
+    match run(cli.config_fd) {
+        Ok(code) => code.into(),
+        Err(error) => {
+            eprintln!("vmm: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(config_fd: i32) -> Result<u8> {
+    let mut fds = InheritedFds::default();
+    let config = File::from(fds.take(Fd(config_fd)).context("--config-fd is not an open descriptor")?);
+    let config: VmConfig = serde_json::from_reader(config).context("cannot read the configuration")?;
+    let control = fds.take(config.control).context("the control socket is not an open descriptor")?;
+    let control = UnixStream::from(control);
+    control.set_nonblocking(true)?;
+    let exit = match Machine::build(&config, &mut fds) {
+        Ok(machine) => machine.run(&control).context("cannot run the VM")?,
+        Err(error) => {
+            let detail = format!("{:#}", anyhow::Error::from(error));
+            Exit { reason: ExitReason::VmmError { detail }, console_tail: String::new() }
+        }
+    };
+    let code = exit.reason.code();
+    report_exit(&control, exit);
+    Ok(code)
+}

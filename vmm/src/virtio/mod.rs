@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use thiserror::Error;
+use vhost_user_backend::bitmap::BitmapMmapRegion;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -15,7 +16,9 @@ pub mod vsock;
 pub use pci::Interrupt;
 
 /// Guest RAM as every device sees it.
-pub type GuestMemory = GuestMemoryMmap<()>;
+///
+/// The bitmap (of written pages, unused so far) is the one that the `virtiofsd` crate insists on.
+pub type GuestMemory = GuestMemoryMmap<BitmapMmapRegion>;
 
 /// A device of VIRTIO 1.2, section 5.
 pub trait VirtioDevice: Send {

@@ -1,0 +1,37 @@
+# The one door to the project: `make run`, `make test`. Each target installs what it needs.
+target := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
+release := $(target)/release
+static := $(target)/static/x86_64-unknown-linux-gnu/release
+static_env := RUSTFLAGS="-C target-feature=+crt-static" LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=/usr/lib/x86_64-linux-gnu
+
+.PHONY: build run test lint clean
+
+# vmrun with the three files that it looks for beside itself.
+build: packages
+	cargo build --release -p vmrun -p rootfs
+	$(static_env) cargo build --release -p vmm -p agent --target x86_64-unknown-linux-gnu --target-dir $(target)/static
+	install -m 755 $(static)/vmm $(release)/vmm
+	$(release)/rootfs --agent $(static)/agent --output $(release)/initramfs
+	ln -sf "$$(guest-kernel/build)" $(release)/vmlinux
+
+# A Debian container with Python in a microVM.
+run: build
+	image=$$(tests/debian-image) && tests/on-kvm $(release)/vmrun run --rm --timing --memory 256m "oci:$$image" \
+	  python3 -c "$$(cat tests/hello.py)"
+
+# Unit tests here, stories on KVM.
+test: build lint
+	cargo test --workspace --exclude tests
+	VMRUN=$(release)/vmrun CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="$(CURDIR)/tests/on-kvm" cargo test -p tests
+
+lint:
+	cargo fmt --check
+	cargo clippy --workspace --all-targets -- -D warnings
+
+.PHONY: packages
+packages:
+	@tests/install-packages libcap-ng-dev libseccomp-dev busybox-static
+
+clean:
+	tests/on-kvm --stop
+	cargo clean

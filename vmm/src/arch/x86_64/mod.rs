@@ -1,0 +1,7 @@
+//! What an x86-64 guest finds when it starts: CPUs, tables and registers, without firmware.
+
+pub mod cpuid;
+pub mod layout;
+pub mod mptable;
+pub mod pvh;
+pub mod registers;

@@ -1,0 +1,108 @@
+//! The MultiProcessor table (MultiProcessor Specification 1.4, chapter 4): how a kernel without ACPI finds its CPUs and its
+//! I/O APIC. Present CPUs beyond the first are started by the guest.
+
+use super::layout::{IOAPIC, LAPIC, MP_TABLE};
+
+const FLOATING_POINTER_LEN: usize = 16;
+const HEADER_LEN: usize = 44;
+const APIC_VERSION: u8 = 0x14;
+const ENTRY_PROCESSOR: u8 = 0;
+const ENTRY_BUS: u8 = 1;
+const ENTRY_IOAPIC: u8 = 2;
+const ENTRY_IO_INTERRUPT: u8 = 3;
+const ENTRY_LOCAL_INTERRUPT: u8 = 4;
+const INTERRUPT_INT: u8 = 0;
+const INTERRUPT_NMI: u8 = 1;
+const INTERRUPT_EXTINT: u8 = 3;
+/// Legacy interrupt lines.
+const ISA_IRQS: u8 = 16;
+
+/// The floating pointer and the table behind it, to be written at [`MP_TABLE`].
+#[must_use]
+pub fn build(vcpu_count: u8) -> Vec<u8> {
+    let ioapic_id = vcpu_count;
+    let mut entries = Vec::new();
+    let mut count: u16 = 0;
+    let mut push = |entry: &[u8]| {
+        entries.extend_from_slice(entry);
+        count += 1;
+    };
+    for cpu in 0..vcpu_count {
+        let flags = 1 | if cpu == 0 { 2 } else { 0 };
+        let mut entry = vec![ENTRY_PROCESSOR, cpu, APIC_VERSION, flags];
+        entry.extend_from_slice(&0x600_u32.to_le_bytes());
+        entry.extend_from_slice(&0x201_u32.to_le_bytes());
+        entry.extend_from_slice(&[0; 8]);
+        push(&entry);
+    }
+    push(&[&[ENTRY_BUS, 0][..], b"ISA   "].concat());
+    push(&[&[ENTRY_IOAPIC, ioapic_id, APIC_VERSION, 1][..], &IOAPIC.to_le_bytes()].concat());
+    for irq in 0..ISA_IRQS {
+        // Interrupt 0, the timer, arrives at pin 2 of KVM's I/O APIC; pin 2 has no interrupt of its own.
+        if irq != 2 {
+            let pin = if irq == 0 { 2 } else { irq };
+            push(&[ENTRY_IO_INTERRUPT, INTERRUPT_INT, 0, 0, 0, irq, ioapic_id, pin]);
+        }
+    }
+    push(&[ENTRY_LOCAL_INTERRUPT, INTERRUPT_EXTINT, 0, 0, 0, 0, 0, 0]);
+    push(&[ENTRY_LOCAL_INTERRUPT, INTERRUPT_NMI, 0, 0, 0, 0, 0xff, 1]);
+
+    let mut table = floating_pointer();
+    let table_len = u16::try_from(HEADER_LEN + entries.len()).expect("at most 64 CPUs");
+    let mut header = Vec::with_capacity(HEADER_LEN);
+    header.extend_from_slice(b"PCMP");
+    header.extend_from_slice(&table_len.to_le_bytes());
+    header.extend_from_slice(&[4, 0]);
+    header.extend_from_slice(b"VMRUN   ");
+    header.extend_from_slice(b"MICROVM     ");
+    header.extend_from_slice(&[0; 6]);
+    header.extend_from_slice(&count.to_le_bytes());
+    header.extend_from_slice(&LAPIC.to_le_bytes());
+    header.extend_from_slice(&[0; 4]);
+    header.extend_from_slice(&entries);
+    header[7] = checksum(&header);
+    table.extend_from_slice(&header);
+    table
+}
+
+fn floating_pointer() -> Vec<u8> {
+    let table_address = u32::try_from(MP_TABLE).expect("below 1 MiB") + FLOATING_POINTER_LEN as u32;
+    let mut pointer = Vec::with_capacity(FLOATING_POINTER_LEN);
+    pointer.extend_from_slice(b"_MP_");
+    pointer.extend_from_slice(&table_address.to_le_bytes());
+    pointer.extend_from_slice(&[1, 4, 0, 0, 0, 0, 0, 0]);
+    pointer[10] = checksum(&pointer);
+    pointer
+}
+
+/// The byte that makes the sum of all bytes zero.
+fn checksum(bytes: &[u8]) -> u8 {
+    bytes.iter().fold(0_u8, |sum, byte| sum.wrapping_sub(*byte))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{FLOATING_POINTER_LEN, build};
+
+    fn sum(bytes: &[u8]) -> u8 {
+        bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
+    }
+
+    #[test]
+    fn both_checksums_hold_for_every_size() {
+        for vcpu_count in [1, 2, 64] {
+            let table = build(vcpu_count);
+            assert_eq!(sum(&table[..FLOATING_POINTER_LEN]), 0);
+            assert_eq!(sum(&table[FLOATING_POINTER_LEN..]), 0);
+        }
+    }
+
+    #[test]
+    fn the_table_lists_every_cpu() {
+        let table = build(3);
+        let entries = &table[FLOATING_POINTER_LEN + 44..];
+        assert_eq!([entries[0], entries[20], entries[40]], [0; 3]);
+        assert_eq!([entries[1], entries[21], entries[41]], [0, 1, 2]);
+        assert_eq!(entries[60], 1);
+    }
+}

@@ -1,0 +1,109 @@
+//! Loads the kernel and the initramfs into guest RAM and composes the command line.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+
+use linux_loader::loader::elf::{Elf, PvhBootCapability};
+use linux_loader::loader::{KernelLoader as _, KernelLoaderResult};
+use thiserror::Error;
+use vm_memory::{Address as _, Bytes as _, GuestAddress, GuestMemory as _, GuestMemoryError, GuestMemoryRegion as _};
+
+use crate::arch::layout::{COMMAND_LINE, COMMAND_LINE_MAX, HIMEM_START};
+use crate::virtio::GuestMemory;
+
+/// Why a kernel cannot be booted.
+#[derive(Debug, Error)]
+pub enum KernelError {
+    /// Not an ELF file, or one that does not fit.
+    #[error("cannot load the guest kernel: it must be an uncompressed vmlinux that fits into guest RAM")]
+    Load(#[source] linux_loader::loader::Error),
+    /// The kernel has no PVH entry.
+    #[error("the guest kernel has no PVH note: build it with CONFIG_PVH")]
+    NoPvh,
+    /// The initramfs cannot be read.
+    #[error("cannot read the initramfs")]
+    Read(#[source] io::Error),
+    /// The initramfs does not fit.
+    #[error("the initramfs of {size} bytes does not fit into guest RAM beside the kernel")]
+    InitramfsTooLarge {
+        /// Its size.
+        size: u64,
+    },
+    /// Guest RAM refused a write.
+    #[error("cannot write to guest RAM")]
+    Write(#[source] GuestMemoryError),
+    /// The command line is too long.
+    #[error("the kernel command line of {len} bytes is longer than {COMMAND_LINE_MAX}")]
+    CommandLine {
+        /// Its length.
+        len: usize,
+    },
+}
+
+/// Always on the command line. `reboot=k` resets through the keyboard controller, `panic=-1` does it at once; the MP table
+/// is all the firmware there is, and the configuration mechanism of PCI needs no probing.
+const COMMAND_LINE_BASE: &str = "reboot=k panic=-1 pci=conf1,lastbus=0 i8042.noaux i8042.nokbd i8042.nopnp i8042.dumbkbd \
+     random.trust_cpu=on tsc=reliable no_timer_check cryptomgr.notests";
+/// Without a console nothing is printed until something goes wrong: the early console costs exits only for messages that
+/// are printed, and a panic's last words reach the ring.
+const COMMAND_LINE_QUIET: &str = "quiet loglevel=1 earlycon=uart8250,io,0x3f8,115200 keep_bootcon";
+const COMMAND_LINE_CONSOLE: &str = "console=ttyS0 8250.nr_uarts=1 earlycon=uart8250,io,0x3f8,115200";
+
+/// Loads the kernel; returns its PVH entry and the first address behind it.
+///
+/// # Errors
+/// [`KernelError::Load`] and [`KernelError::NoPvh`].
+pub fn load_kernel(memory: &GuestMemory, kernel: OwnedFd) -> Result<(u64, u64), KernelError> {
+    let mut file = File::from(kernel);
+    let KernelLoaderResult { kernel_end, pvh_boot_cap, .. } =
+        Elf::load(memory, None, &mut file, Some(GuestAddress(HIMEM_START))).map_err(KernelError::Load)?;
+    match pvh_boot_cap {
+        PvhBootCapability::PvhEntryPresent(entry) => Ok((entry.raw_value(), kernel_end)),
+        _ => Err(KernelError::NoPvh),
+    }
+}
+
+/// Loads the initramfs at the top of low RAM; returns its address and length.
+///
+/// # Errors
+/// [`KernelError::Read`] and [`KernelError::InitramfsTooLarge`].
+pub fn load_initramfs(memory: &GuestMemory, initramfs: OwnedFd, kernel_end: u64) -> Result<(u64, u64), KernelError> {
+    let mut file = File::from(initramfs);
+    let size = file.metadata().map_err(KernelError::Read)?.len();
+    let low_ram_end = memory.iter().next().map_or(0, |region| region.start_addr().raw_value() + region.len());
+    let address = low_ram_end.checked_sub(size).map(|address| address & !0xfff).filter(|address| *address >= kernel_end);
+    let (Some(address), Ok(len)) = (address, usize::try_from(size)) else {
+        return Err(KernelError::InitramfsTooLarge { size });
+    };
+    memory
+        .read_exact_volatile_from(GuestAddress(address), &mut file, len)
+        .map_err(|error| KernelError::Read(io::Error::other(error)))?;
+    Ok((address, size))
+}
+
+/// Writes the command line.
+///
+/// # Errors
+/// [`KernelError::CommandLine`] and [`KernelError::Write`].
+pub fn write_command_line(memory: &GuestMemory, console: bool, added: &str) -> Result<(), KernelError> {
+    let console = if console { COMMAND_LINE_CONSOLE } else { COMMAND_LINE_QUIET };
+    let mut line = format!("{COMMAND_LINE_BASE} {console} {added}").trim_end().to_owned().into_bytes();
+    line.push(0);
+    if line.len() > COMMAND_LINE_MAX {
+        return Err(KernelError::CommandLine { len: line.len() });
+    }
+    memory.write_slice(&line, GuestAddress(COMMAND_LINE)).map_err(KernelError::Write)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{KernelError, write_command_line};
+
+    #[test]
+    fn a_command_line_that_would_be_cut_is_refused() {
+        let memory = crate::memory::create(64).expect("memory");
+        let error = write_command_line(&memory, false, &"x".repeat(4096)).expect_err("refused");
+        assert!(matches!(error, KernelError::CommandLine { .. }));
+    }
+}

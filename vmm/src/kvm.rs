@@ -1,0 +1,120 @@
+//! `/dev/kvm` and the VM's descriptor: capabilities, interrupt controllers, memory slots.
+#![expect(unsafe_code, reason = "a memory slot hands a range of our address space to KVM")]
+
+use std::io;
+use std::os::fd::{IntoRawFd as _, OwnedFd};
+use std::sync::Arc;
+
+use kvm_bindings::{
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+use thiserror::Error;
+use vm_memory::{Address as _, GuestMemory as _, GuestMemoryRegion as _, MemoryRegionAddress};
+
+use crate::virtio::GuestMemory;
+
+/// API version of KVM since Linux 2.6.22.
+const API_VERSION: i32 = 12;
+/// Three pages that KVM uses on Intel CPUs, in the last megabyte below 4 GiB, outside RAM.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+
+/// Why KVM cannot be used.
+#[derive(Debug, Error)]
+pub enum KvmError {
+    /// The device cannot be opened.
+    #[error("cannot open /dev/kvm")]
+    Open(#[source] io::Error),
+    /// An API that nobody else has seen.
+    #[error("KVM speaks API version {found}, not {API_VERSION}: this kernel is too old")]
+    Version {
+        /// What it said.
+        found: i32,
+    },
+    /// A capability is missing.
+    #[error("KVM of this host lacks {capability:?}, which a guest needs: use a newer host kernel")]
+    Capability {
+        /// Which.
+        capability: Cap,
+    },
+    /// An ioctl failed.
+    #[error("{ioctl} failed")]
+    Ioctl {
+        /// Which.
+        ioctl: &'static str,
+        /// Why.
+        source: kvm_ioctls::Error,
+    },
+}
+
+/// What each guest needs.
+const NEEDED: [Cap; 9] = [
+    Cap::Irqchip,
+    Cap::UserMemory,
+    Cap::Ioeventfd,
+    Cap::SignalMsi,
+    Cap::SetTssAddr,
+    Cap::ExtCpuid,
+    Cap::Pit2,
+    Cap::ImmediateExit,
+    Cap::AdjustClock,
+];
+
+/// Opens KVM, from a descriptor if the caller gave one.
+///
+/// # Errors
+/// [`KvmError::Open`], [`KvmError::Version`] and [`KvmError::Capability`].
+pub fn open(given: Option<OwnedFd>) -> Result<Kvm, KvmError> {
+    let kvm = match given {
+        // SAFETY: the descriptor is owned and given up here; that it is /dev/kvm shows in the version check below.
+        Some(fd) => unsafe { <Kvm as std::os::fd::FromRawFd>::from_raw_fd(fd.into_raw_fd()) },
+        None => Kvm::new().map_err(|error| KvmError::Open(error.into()))?,
+    };
+    let found = kvm.get_api_version();
+    if found != API_VERSION {
+        return Err(KvmError::Version { found });
+    }
+    match NEEDED.into_iter().find(|capability| !kvm.check_extension(*capability)) {
+        Some(capability) => Err(KvmError::Capability { capability }),
+        None => Ok(kvm),
+    }
+}
+
+/// Makes a VM with its interrupt controllers and its memory.
+///
+/// # Errors
+/// [`KvmError::Ioctl`].
+pub fn create_vm(kvm: &Kvm, memory: &GuestMemory) -> Result<Arc<VmFd>, KvmError> {
+    let ioctl = |ioctl| move |source| KvmError::Ioctl { ioctl, source };
+    let vm = kvm.create_vm().map_err(ioctl("KVM_CREATE_VM"))?;
+    for (slot, region) in (0..).zip(memory.iter()) {
+        let address = region.get_host_address(MemoryRegionAddress(0)).map_err(|_| KvmError::Ioctl {
+            ioctl: "finding guest RAM",
+            source: kvm_ioctls::Error::new(rustix::io::Errno::FAULT.raw_os_error()),
+        })?;
+        let slot = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().raw_value(),
+            memory_size: region.len(),
+            userspace_addr: address.addr() as u64,
+        };
+        // SAFETY: the range is a mapping of `memory`, which the machine keeps until after the VM is gone; slots are
+        // numbered once and their guest ranges do not overlap, because `memory` allows no overlap.
+        unsafe { vm.set_user_memory_region(slot) }.map_err(ioctl("KVM_SET_USER_MEMORY_REGION"))?;
+    }
+    vm.set_tss_address(TSS_ADDRESS).map_err(ioctl("KVM_SET_TSS_ADDR"))?;
+    vm.create_irq_chip().map_err(ioctl("KVM_CREATE_IRQCHIP"))?;
+    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+    vm.create_pit2(pit).map_err(ioctl("KVM_CREATE_PIT2"))?;
+    Ok(Arc::new(vm))
+}
+
+/// What KVM can show a guest.
+///
+/// # Errors
+/// [`KvmError::Ioctl`].
+pub fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, KvmError> {
+    kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(|source| KvmError::Ioctl { ioctl: "KVM_GET_SUPPORTED_CPUID", source })
+}

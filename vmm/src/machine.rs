@@ -1,0 +1,217 @@
+//! The boot recipe, top to bottom. This file only calls: tables, registers and loops live elsewhere.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+
+use kvm_ioctls::{VcpuFd, VmFd};
+use thiserror::Error;
+use vm_memory::{Bytes as _, GuestAddress};
+use vmm_api::VmConfig;
+use vmm_api::control::{Exit, ExitReason};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::arch::{cpuid, layout, mptable, pvh, registers};
+use crate::bus::Bus;
+use crate::control::Control;
+use crate::event_loop::{EventSet, EventSource, Registry};
+use crate::exit::ExitSignal;
+use crate::inherited::InheritedFds;
+use crate::kernel::{self, KernelError};
+use crate::kvm::{self, KvmError};
+use crate::legacy::i8042::{self, I8042};
+use crate::legacy::serial::{self, ConsoleTail, SerialConsole};
+use crate::memory::{self, MemoryError};
+use crate::vcpu::{Buses, Vcpus};
+use crate::virtio::fs::{Fs, FsError};
+use crate::virtio::pci::{PciBus, PciError};
+use crate::virtio::rng::Rng;
+use crate::virtio::vsock::{Vsock, VsockError};
+use crate::virtio::{GuestMemory, VirtioDevice};
+
+/// Why a VM was not built.
+#[derive(Debug, Error)]
+pub enum BuildError {
+    /// The configuration is out of range.
+    #[error("bad configuration: {0}")]
+    Config(&'static str),
+    /// A descriptor of the configuration is unusable.
+    #[error("descriptor for {what} is not usable")]
+    Inherited {
+        /// What it was for.
+        what: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// Guest RAM.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The kernel.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// A boot table.
+    #[error("cannot write the boot tables to guest RAM")]
+    Tables(#[from] vm_memory::GuestMemoryError),
+    /// The PCI bus.
+    #[error(transparent)]
+    Pci(#[from] PciError),
+    /// A share.
+    #[error("cannot serve the share {tag:?}")]
+    Share {
+        /// Its tag.
+        tag: String,
+        /// Why.
+        source: FsError,
+    },
+    /// The vsock device.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
+    /// The host refused something.
+    #[error("cannot {action}")]
+    Host {
+        /// What was tried.
+        action: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A VM that is ready to run.
+pub struct Machine {
+    // The VM's memory slots point into `_memory`.
+    _vm: Arc<VmFd>,
+    _memory: Arc<GuestMemory>,
+    vcpus: Vec<VcpuFd>,
+    buses: Arc<Buses>,
+    registry: Registry,
+    exit: ExitSignal,
+    tail: ConsoleTail,
+}
+
+impl Machine {
+    /// Builds the VM of `config`.
+    ///
+    /// # Errors
+    /// Each variant of [`BuildError`].
+    pub fn build(config: &VmConfig, fds: &mut InheritedFds) -> Result<Self, BuildError> {
+        check(config)?;
+        let host = |action| move |source| BuildError::Host { action, source };
+        let mut take = |what, fd| fds.take(fd).map_err(|source| BuildError::Inherited { what, source });
+        let registry = Registry::create().map_err(host("make the event loop"))?;
+        let wake = EventFd::new(EFD_NONBLOCK).map_err(host("make an eventfd"))?;
+        let exit = ExitSignal::new(wake.try_clone().map_err(host("make an eventfd"))?);
+        watch(&registry, wake).map_err(host("watch an eventfd"))?;
+
+        let kvm = kvm::open(config.kvm.map(|fd| take("KVM", fd)).transpose()?)?;
+        let memory = memory::create(config.memory_mib)?;
+        let vm = kvm::create_vm(&kvm, &memory)?;
+        let (entry, kernel_end) = kernel::load_kernel(&memory, take("the kernel", config.kernel)?)?;
+        let initramfs = match config.initramfs {
+            Some(fd) => Some(kernel::load_initramfs(&memory, take("the initramfs", fd)?, kernel_end)?),
+            None => None,
+        };
+        kernel::write_command_line(&memory, config.console.is_some(), &config.cmdline)?;
+        pvh::write_start_info(&memory, initramfs)?;
+        memory.write_slice(&mptable::build(config.vcpus), GuestAddress(layout::MP_TABLE))?;
+        let vcpus = create_vcpus(&kvm, &vm, config.vcpus, entry)?;
+
+        let mut pci = PciBus::new(vm.clone(), memory.clone());
+        pci.add(Box::new(Rng::new(registry.clone())))?;
+        if let Some(vsock) = &config.vsock {
+            let mut host_ports = Vec::new();
+            for port in &vsock.host_ports {
+                host_ports.push((port.port, take("a vsock port", port.socket)?));
+            }
+            pci.add(Box::new(Vsock::new(vsock, host_ports, registry.clone())?))?;
+        }
+        for share in &config.shares {
+            let root = take("a share", share.root)?;
+            pci.add(share_device(&share.tag, Fs::new(&share.tag, root, share.cache))?)?;
+        }
+        let tail = ConsoleTail::default();
+        let console = config.console.map(|fd| take("the console", fd)).transpose()?.map(File::from);
+        let buses = Arc::new(buses(pci, SerialConsole::new(tail.clone(), console), exit.clone()));
+        Ok(Self { _vm: vm, _memory: memory, vcpus, buses, registry, exit, tail })
+    }
+
+    /// Runs the VM to its end.
+    ///
+    /// # Errors
+    /// When the host refuses a thread or the event loop.
+    pub fn run(self, control: &UnixStream) -> io::Result<Exit> {
+        let vcpus = Arc::new(Vcpus::start(self.vcpus, self.buses, &self.exit)?);
+        let control = Control::new(control.try_clone()?, vcpus, self.exit.clone());
+        let fd = control.as_raw_fd();
+        self.registry.add(fd, EventSet::IN, 0, Arc::new(Mutex::new(control)))?;
+        self.registry.run(|| self.exit.reason().is_some())?;
+        let reason = self.exit.reason().unwrap_or(ExitReason::OwnerGone);
+        Ok(Exit { reason, console_tail: self.tail.text() })
+    }
+
+    /// Ends the VM from another thread.
+    #[must_use]
+    pub fn exit_signal(&self) -> ExitSignal {
+        self.exit.clone()
+    }
+}
+
+fn check(config: &VmConfig) -> Result<(), BuildError> {
+    if !(1..=vmm_api::MAX_VCPUS).contains(&config.vcpus) {
+        return Err(BuildError::Config("vcpus must be 1 to 64"));
+    }
+    if !(vmm_api::MIN_MEMORY_MIB..=vmm_api::MAX_MEMORY_MIB).contains(&config.memory_mib) {
+        return Err(BuildError::Config("memory_mib must be 64 to 1048576"));
+    }
+    Ok(())
+}
+
+fn create_vcpus(kvm: &kvm_ioctls::Kvm, vm: &VmFd, count: u8, entry: u64) -> Result<Vec<VcpuFd>, BuildError> {
+    let supported = kvm::supported_cpuid(kvm)?;
+    let ioctl = |ioctl| move |source| KvmError::Ioctl { ioctl, source };
+    let mut vcpus = Vec::new();
+    for index in 0..count {
+        let vcpu = vm.create_vcpu(index.into()).map_err(ioctl("KVM_CREATE_VCPU"))?;
+        vcpu.set_cpuid2(&cpuid::of_vcpu(&supported, index, count)).map_err(ioctl("KVM_SET_CPUID2"))?;
+        registers::set_common(&vcpu).map_err(ioctl("setting MSRs and local APIC"))?;
+        if index == 0 {
+            registers::set_boot_registers(&vcpu, entry).map_err(ioctl("setting registers"))?;
+        }
+        vcpus.push(vcpu);
+    }
+    Ok(vcpus)
+}
+
+fn share_device(tag: &str, share: Result<Fs, FsError>) -> Result<Box<dyn VirtioDevice>, BuildError> {
+    match share {
+        Ok(fs) => Ok(Box::new(fs)),
+        Err(source) => Err(BuildError::Share { tag: tag.to_owned(), source }),
+    }
+}
+
+fn buses(pci: PciBus, console: SerialConsole, exit: ExitSignal) -> Buses {
+    let mut pio = Bus::default();
+    pio.insert(serial::PORT, serial::PORT_COUNT, Arc::new(Mutex::new(console)));
+    pio.insert(i8042::PORT, i8042::PORT_COUNT, Arc::new(Mutex::new(I8042::new(exit))));
+    let mut mmio = Bus::default();
+    pci.attach(&mut pio, &mut mmio);
+    Buses { pio, mmio }
+}
+
+/// Wakes the loop; what woke it is read elsewhere.
+struct Wake(EventFd);
+
+impl EventSource for Wake {
+    fn on_event(&mut self, _token: u64, _ready: EventSet) {
+        // Only resets the counter.
+        let _ = self.0.read();
+    }
+}
+
+fn watch(registry: &Registry, wake: EventFd) -> io::Result<()> {
+    let fd = std::os::fd::AsRawFd::as_raw_fd(&wake);
+    registry.add(fd, EventSet::IN, 0, Arc::new(Mutex::new(Wake(wake))))
+}

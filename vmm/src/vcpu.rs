@@ -1,0 +1,204 @@
+//! One thread per vCPU: run the guest, carry its accesses to the buses, stop when told.
+//!
+//! ```text
+//!   Running ──pause──► Paused ──resume──► Running ──exit reason──► thread ends, the VM ends
+//! ```
+
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_api::control::{ExitReason, Stats};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use crate::arch::registers;
+use crate::bus::Bus;
+use crate::event_loop::lock;
+use crate::exit::ExitSignal;
+
+/// The two address spaces of the guest's devices.
+pub struct Buses {
+    /// Ports.
+    pub pio: Bus,
+    /// Memory.
+    pub mmio: Bus,
+}
+
+/// Exits from the guest to us.
+#[derive(Default)]
+pub struct ExitCounts {
+    port: AtomicU64,
+    mmio: AtomicU64,
+    other: AtomicU64,
+}
+
+/// Whether vCPUs may run, and how many of them stand still.
+#[derive(Default)]
+struct Gate {
+    state: Mutex<GateState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct GateState {
+    paused: bool,
+    standing: usize,
+}
+
+/// All vCPUs of the VM.
+pub struct Vcpus {
+    threads: Vec<JoinHandle<()>>,
+    gate: Arc<Gate>,
+    counts: Arc<ExitCounts>,
+    buses: Arc<Buses>,
+}
+
+/// Longest wait for every vCPU to stand still after a pause was asked for.
+const PAUSE_DEADLINE: Duration = Duration::from_secs(2);
+/// A signal that arrives just before `KVM_RUN` is lost, so it is sent again after this time.
+const KICK_INTERVAL: Duration = Duration::from_millis(5);
+
+impl Vcpus {
+    /// Starts a thread for each vCPU.
+    ///
+    /// # Errors
+    /// When the host refuses a thread.
+    pub fn start(vcpus: Vec<VcpuFd>, buses: Arc<Buses>, exit: &ExitSignal) -> io::Result<Self> {
+        register_signal_handler(SIGRTMIN(), ignore_kick)?;
+        let gate = Arc::new(Gate::default());
+        let counts = Arc::new(ExitCounts::default());
+        let mut threads = Vec::new();
+        for (index, fd) in vcpus.into_iter().enumerate() {
+            let vcpu =
+                Vcpu { fd, buses: buses.clone(), gate: gate.clone(), counts: counts.clone(), exit: exit.clone() };
+            threads.push(thread::Builder::new().name(format!("vcpu{index}")).spawn(move || vcpu.run())?);
+        }
+        Ok(Self { threads, gate, counts, buses })
+    }
+
+    /// Stops every vCPU until [`Self::resume`].
+    ///
+    /// # Errors
+    /// `TimedOut` when one does not stand still in time; the others are resumed then.
+    pub fn pause(&self) -> io::Result<()> {
+        let mut state = lock(&self.gate.state);
+        state.paused = true;
+        let attempts = PAUSE_DEADLINE.as_millis() / KICK_INTERVAL.as_millis();
+        for _ in 0..attempts {
+            if state.standing == self.threads.len() {
+                return Ok(());
+            }
+            for thread in &self.threads {
+                thread.kill(SIGRTMIN())?;
+            }
+            let waited = self.gate.changed.wait_timeout(state, KICK_INTERVAL);
+            state = waited.map_or_else(|poisoned| poisoned.into_inner().0, |(state, _)| state);
+        }
+        state.paused = false;
+        self.gate.changed.notify_all();
+        Err(io::ErrorKind::TimedOut.into())
+    }
+
+    /// Lets vCPUs run again.
+    pub fn resume(&self) {
+        lock(&self.gate.state).paused = false;
+        self.gate.changed.notify_all();
+    }
+
+    /// Whether vCPUs are stopped.
+    #[must_use]
+    pub fn paused(&self) -> bool {
+        lock(&self.gate.state).paused
+    }
+
+    /// Exits so far.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        Stats {
+            port_exits: self.counts.port.load(Ordering::Relaxed),
+            mmio_exits: self.counts.mmio.load(Ordering::Relaxed),
+            other_exits: self.counts.other.load(Ordering::Relaxed),
+            unclaimed_accesses: self.buses.pio.unclaimed() + self.buses.mmio.unclaimed(),
+        }
+    }
+}
+
+/// Being interrupted is all that a kick is for.
+extern "C" fn ignore_kick(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+
+struct Vcpu {
+    fd: VcpuFd,
+    buses: Arc<Buses>,
+    gate: Arc<Gate>,
+    counts: Arc<ExitCounts>,
+    exit: ExitSignal,
+}
+
+impl Vcpu {
+    fn run(mut self) {
+        loop {
+            self.stand_still_while_paused();
+            if let Some(reason) = self.run_once() {
+                self.exit.end(reason);
+                return;
+            }
+        }
+    }
+
+    fn stand_still_while_paused(&self) {
+        let mut state = lock(&self.gate.state);
+        if !state.paused {
+            return;
+        }
+        state.standing += 1;
+        self.gate.changed.notify_all();
+        while state.paused {
+            state = self.gate.changed.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner);
+        }
+        state.standing -= 1;
+    }
+
+    /// Runs the guest until its next exit; returns why the VM ends, if it does.
+    fn run_once(&mut self) -> Option<ExitReason> {
+        let count = |counter: &AtomicU64| drop(counter.fetch_add(1, Ordering::Relaxed));
+        let detail = match self.fd.run() {
+            Ok(VcpuExit::IoIn(port, data)) => {
+                count(&self.counts.port);
+                self.buses.pio.read(port.into(), data);
+                return None;
+            }
+            Ok(VcpuExit::IoOut(port, data)) => {
+                count(&self.counts.port);
+                self.buses.pio.write(port.into(), data);
+                return None;
+            }
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                count(&self.counts.mmio);
+                self.buses.mmio.read(address, data);
+                return None;
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                count(&self.counts.mmio);
+                self.buses.mmio.write(address, data);
+                return None;
+            }
+            Ok(VcpuExit::Shutdown) => {
+                return Some(ExitReason::TripleFault { registers: registers::describe(&self.fd) });
+            }
+            Ok(VcpuExit::SystemEvent(..)) => return Some(ExitReason::GuestReset),
+            Ok(VcpuExit::Intr) => None,
+            Ok(VcpuExit::FailEntry(reason, cpu)) => Some(format!("entry failed on CPU {cpu}, reason {reason:#x}")),
+            Ok(VcpuExit::InternalError) => Some("the guest did something that KVM cannot emulate".to_owned()),
+            Ok(other) => Some(format!("unexpected exit {other:?}")),
+            Err(error) if matches!(io::Error::from(error).kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {
+                None
+            }
+            Err(error) => Some(format!("KVM_RUN: {error}")),
+        };
+        count(&self.counts.other);
+        detail.map(|detail| ExitReason::KvmError { detail: format!("{detail}; {}", registers::describe(&self.fd)) })
+    }
+}

@@ -1,0 +1,150 @@
+//! The thread of one queue: wait for the doorbell, answer everything that is there, interrupt once.
+
+use std::io::{self, Read as _};
+use std::os::fd::AsRawFd as _;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use virtio_queue::QueueT as _;
+use virtiofsd::descriptor_utils::{Reader, Writer};
+use virtiofsd::passthrough::PassthroughFs;
+use virtiofsd::server::Server;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::virtio::{ActiveQueue, GuestMemory};
+
+/// Length of `fuse_out_header`.
+const OUT_HEADER_LEN: usize = 16;
+
+/// Stops and joins its thread when dropped.
+pub(super) struct Worker {
+    stop: EventFd,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    /// Starts the thread of queue `index`.
+    pub(super) fn spawn(
+        index: usize,
+        queue: ActiveQueue,
+        memory: Arc<GuestMemory>,
+        server: Arc<Server<PassthroughFs>>,
+    ) -> io::Result<Self> {
+        let stop = EventFd::new(EFD_NONBLOCK)?;
+        let doorbell = Doorbell::create(&queue.kick, &stop)?;
+        let mut serving = Serving { queue, memory, server };
+        let thread = thread::Builder::new().name(format!("fs{index}")).spawn(move || {
+            // virtiofsd changes the umask and the credentials of the calling thread only; the umask needs its own fs_struct.
+            if nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS).is_err() {
+                tracing::error!("a worker cannot have a file system context of its own; the share is not served");
+                return;
+            }
+            serving.run(&doorbell);
+        })?;
+        Ok(Self { stop, thread: Some(thread) })
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        // The counter cannot overflow: this is its only write.
+        let _ = self.stop.write(1);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Serving {
+    queue: ActiveQueue,
+    memory: Arc<GuestMemory>,
+    server: Arc<Server<PassthroughFs>>,
+}
+
+impl Serving {
+    fn run(&mut self, doorbell: &Doorbell) {
+        while doorbell.rings() {
+            // The counter is of no interest.
+            let _ = self.queue.kick.read();
+            if self.serve_all().is_err() {
+                // The driver broke its rings: nothing can be answered until it resets the device.
+                return;
+            }
+        }
+    }
+
+    fn serve_all(&mut self) -> Result<(), virtio_queue::Error> {
+        loop {
+            self.queue.queue.disable_notification(&*self.memory)?;
+            let mut used_any = false;
+            while let Some(chain) = self.queue.queue.pop_descriptor_chain(self.memory.clone()) {
+                let head = chain.head_index();
+                let written = self.answer(chain);
+                self.queue.queue.add_used(&*self.memory, head, written)?;
+                used_any = true;
+            }
+            if used_any && self.queue.queue.needs_notification(&*self.memory)? {
+                // A vector that the guest set to nonsense loses its own interrupts.
+                let _ = self.queue.interrupt.trigger();
+            }
+            if !self.queue.queue.enable_notification(&*self.memory)? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Answers one request; a malformed one gets nothing, as there is nowhere to put an answer.
+    fn answer(&self, chain: virtio_queue::DescriptorChain<Arc<GuestMemory>>) -> u32 {
+        let memory = &*self.memory;
+        let Ok(reader) = Reader::new(memory, chain.clone()) else { return 0 };
+        let Ok(writer) = Writer::new(memory, chain) else { return 0 };
+        if writer.available_bytes() < OUT_HEADER_LEN && !takes_no_reply(&reader) {
+            return 0;
+        }
+        match self.server.handle_message(reader, writer, None::<&mut ()>) {
+            Ok(written) => u32::try_from(written).unwrap_or(u32::MAX),
+            Err(error) => {
+                tracing::debug!(%error, "a FUSE request was dropped");
+                0
+            }
+        }
+    }
+}
+
+/// virtiofsd takes room for a reply's header for granted, except in these requests (FUSE_FORGET, FUSE_INTERRUPT,
+/// FUSE_DESTROY, FUSE_BATCH_FORGET).
+fn takes_no_reply(reader: &Reader<'_>) -> bool {
+    let mut header = [0; 8];
+    let known = reader.clone().read_exact(&mut header).is_ok();
+    known && matches!(u32::from_le_bytes([header[4], header[5], header[6], header[7]]), 2 | 36 | 38 | 42)
+}
+
+/// Waits for the doorbell or for the order to stop.
+struct Doorbell {
+    epoll: Epoll,
+}
+
+const KICK: u64 = 0;
+const STOP: u64 = 1;
+
+impl Doorbell {
+    fn create(kick: &EventFd, stop: &EventFd) -> io::Result<Self> {
+        let epoll = Epoll::new()?;
+        epoll.ctl(ControlOperation::Add, kick.as_raw_fd(), EpollEvent::new(EventSet::IN, KICK))?;
+        epoll.ctl(ControlOperation::Add, stop.as_raw_fd(), EpollEvent::new(EventSet::IN, STOP))?;
+        Ok(Self { epoll })
+    }
+
+    /// False when the worker is to stop.
+    fn rings(&self) -> bool {
+        let mut events = [EpollEvent::default(); 2];
+        loop {
+            match self.epoll.wait(-1, &mut events) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return false,
+                Ok(count) => return !events[..count].iter().any(|event| event.data() == STOP),
+            }
+        }
+    }
+}

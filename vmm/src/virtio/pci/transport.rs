@@ -1,0 +1,365 @@
+//! One virtio device as a PCI function: identification, capabilities, and the registers of its window (VIRTIO 1.2, 4.1.4).
+//!
+//! The guest drives the status state machine (VIRTIO 1.2, 2.1). A queue's configuration is frozen once it is enabled, and
+//! the device gets its queues only when all their rings lie in guest RAM.
+
+use std::sync::Arc;
+
+use kvm_ioctls::VmFd;
+use virtio_queue::{Queue, QueueT as _};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::WINDOW_LEN;
+use super::config_space::ConfigSpace;
+use super::msix::{MsixTable, VIRTIO_MSI_NO_VECTOR};
+use crate::bus::BusDevice;
+use crate::virtio::{Activation, ActiveQueue, GuestMemory, VirtioDevice};
+
+const COMMON_CONFIG: u64 = 0x0000;
+const ISR: u64 = 0x1000;
+const DEVICE_CONFIG: u64 = 0x2000;
+const NOTIFY: u64 = 0x3000;
+const MSIX_TABLE: u64 = 0x4000;
+const MSIX_PENDING: u64 = 0x5000;
+const STRUCTURE_LEN: u64 = 0x1000;
+/// Distance of two doorbells.
+const NOTIFY_MULTIPLIER: u32 = 4;
+
+const VENDOR_VIRTIO: u16 = 0x1af4;
+/// Device id of a modern device is this plus its type (VIRTIO 1.2, 4.1.2.1).
+const DEVICE_BASE: u16 = 0x1040;
+const CLASS_OTHER: u32 = 0xff_00_00;
+const CAPABILITY_VENDOR: u8 = 0x09;
+const CAPABILITY_MSIX: u8 = 0x11;
+const VIRTIO_PCI_CAP_COMMON_CFG: u8 = 1;
+const VIRTIO_PCI_CAP_NOTIFY_CFG: u8 = 2;
+const VIRTIO_PCI_CAP_ISR_CFG: u8 = 3;
+const VIRTIO_PCI_CAP_DEVICE_CFG: u8 = 4;
+const MSIX_ENABLE: u16 = 1 << 15;
+const MSIX_FUNCTION_MASK: u16 = 1 << 14;
+
+const ACKNOWLEDGE_AND_DRIVER: u8 = 1 | 2;
+const DRIVER_OK: u8 = 4;
+const FEATURES_OK: u8 = 8;
+const DEVICE_NEEDS_RESET: u8 = 0x40;
+
+const VIRTIO_F_INDIRECT_DESC: u64 = 1 << 28;
+const VIRTIO_F_EVENT_IDX: u64 = 1 << 29;
+const VIRTIO_F_VERSION_1: u64 = 1 << 32;
+const TRANSPORT_FEATURES: u64 = VIRTIO_F_INDIRECT_DESC | VIRTIO_F_EVENT_IDX | VIRTIO_F_VERSION_1;
+
+/// Offset of a queue's doorbell in the window.
+pub(super) fn doorbell_offset(queue_index: usize) -> u64 {
+    NOTIFY + queue_index as u64 * u64::from(NOTIFY_MULTIPLIER)
+}
+
+/// A device and its registers.
+pub(super) struct Transport {
+    device: Box<dyn VirtioDevice>,
+    config_space: ConfigSpace,
+    msix_capability: usize,
+    msix: MsixTable,
+    memory: Arc<GuestMemory>,
+    kicks: Vec<EventFd>,
+    registers: Registers,
+}
+
+/// What the driver has set: all of the transport's state.
+#[derive(Clone, Debug, Default)]
+struct Registers {
+    status: u8,
+    device_feature_select: u32,
+    driver_feature_select: u32,
+    driver_features: u64,
+    config_vector: u16,
+    queue_select: u16,
+    queues: Vec<QueueRegisters>,
+}
+
+#[derive(Clone, Debug, Default)]
+struct QueueRegisters {
+    size: u16,
+    vector: u16,
+    enabled: bool,
+    descriptor_table: u64,
+    avail_ring: u64,
+    used_ring: u64,
+}
+
+impl Transport {
+    pub(super) fn new(
+        device: Box<dyn VirtioDevice>,
+        kicks: Vec<EventFd>,
+        window: u64,
+        vm: Arc<VmFd>,
+        memory: Arc<GuestMemory>,
+    ) -> Self {
+        let vectors = kicks.len() + 1;
+        let mut config_space = ConfigSpace::new(VENDOR_VIRTIO, DEVICE_BASE + device.device_id(), CLASS_OTHER);
+        // Windows lie below 4 GiB.
+        config_space.set_window(u32::try_from(window).unwrap_or(0), u32::try_from(WINDOW_LEN).unwrap_or(0));
+        for (kind, offset) in [
+            (VIRTIO_PCI_CAP_COMMON_CFG, COMMON_CONFIG),
+            (VIRTIO_PCI_CAP_ISR_CFG, ISR),
+            (VIRTIO_PCI_CAP_DEVICE_CFG, DEVICE_CONFIG),
+            (VIRTIO_PCI_CAP_NOTIFY_CFG, NOTIFY),
+        ] {
+            config_space.add_capability(CAPABILITY_VENDOR, &virtio_capability(kind, offset));
+        }
+        let msix_capability = config_space.add_capability(CAPABILITY_MSIX, &msix_capability(vectors));
+        config_space.set_writable(msix_capability + 2, &(MSIX_ENABLE | MSIX_FUNCTION_MASK).to_le_bytes());
+        let registers = Registers::reset(&*device);
+        Self { device, config_space, msix_capability, msix: MsixTable::new(vectors, vm), memory, kicks, registers }
+    }
+
+    pub(super) fn read_config_space(&self, register: usize, data: &mut [u8]) {
+        self.config_space.read(register, data);
+    }
+
+    pub(super) fn write_config_space(&mut self, register: usize, data: &[u8]) {
+        self.config_space.write(register, data);
+        let control = self.config_space.u16_at(self.msix_capability + 2);
+        self.msix.set_control(control & MSIX_ENABLE != 0, control & MSIX_FUNCTION_MASK != 0);
+    }
+
+    fn offered_features(&self) -> u64 {
+        self.device.features() | TRANSPORT_FEATURES
+    }
+
+    fn selected(&mut self) -> Option<&mut QueueRegisters> {
+        self.registers.queues.get_mut(usize::from(self.registers.queue_select))
+    }
+
+    /// The register at `offset` of the common configuration (VIRTIO 1.2, 4.1.4.3).
+    fn read_common(&mut self, offset: u64) -> u64 {
+        let registers = &self.registers;
+        let queue = registers.queues.get(usize::from(registers.queue_select)).cloned().unwrap_or_default();
+        match offset {
+            0x00 => registers.device_feature_select.into(),
+            0x04 => select_word(self.offered_features(), registers.device_feature_select),
+            0x08 => registers.driver_feature_select.into(),
+            0x0c => select_word(registers.driver_features, registers.driver_feature_select),
+            0x10 => registers.config_vector.into(),
+            0x12 => registers.queues.len() as u64,
+            0x14 => registers.status.into(),
+            0x15 => 0,
+            0x16 => registers.queue_select.into(),
+            0x18 => queue.size.into(),
+            0x1a => queue.vector.into(),
+            0x1c => queue.enabled.into(),
+            0x1e => registers.queue_select.into(),
+            0x20 => low(queue.descriptor_table),
+            0x24 => high(queue.descriptor_table),
+            0x28 => low(queue.avail_ring),
+            0x2c => high(queue.avail_ring),
+            0x30 => low(queue.used_ring),
+            0x34 => high(queue.used_ring),
+            _ => 0,
+        }
+    }
+
+    fn write_common(&mut self, offset: u64, value: u32) {
+        let short = value as u16;
+        match offset {
+            0x00 => self.registers.device_feature_select = value,
+            0x08 => self.registers.driver_feature_select = value,
+            0x0c => self.write_driver_features(value),
+            0x10 => self.registers.config_vector = self.vector(short),
+            0x14 => self.write_status(value as u8),
+            0x16 => self.registers.queue_select = short,
+            _ => self.write_queue(offset, value),
+        }
+    }
+
+    fn write_queue(&mut self, offset: u64, value: u32) {
+        let vector = self.vector(value as u16);
+        let max_size =
+            self.device.queue_sizes().get(usize::from(self.registers.queue_select)).copied().unwrap_or_default();
+        let negotiating = self.registers.status & DRIVER_OK == 0;
+        // Frozen once enabled: a device never sees its rings move.
+        let Some(queue) = self.selected().filter(|queue| negotiating && !queue.enabled) else { return };
+        let short = value as u16;
+        match offset {
+            0x18 if short.is_power_of_two() && short <= max_size => queue.size = short,
+            0x1a => queue.vector = vector,
+            0x1c if short == 1 => queue.enabled = true,
+            0x20 => set_low(&mut queue.descriptor_table, value),
+            0x24 => set_high(&mut queue.descriptor_table, value),
+            0x28 => set_low(&mut queue.avail_ring, value),
+            0x2c => set_high(&mut queue.avail_ring, value),
+            0x30 => set_low(&mut queue.used_ring, value),
+            0x34 => set_high(&mut queue.used_ring, value),
+            _ => {}
+        }
+    }
+
+    /// A vector that does not exist reads back as none (VIRTIO 1.2, 4.1.5.1.2).
+    fn vector(&self, vector: u16) -> u16 {
+        if usize::from(vector) < self.msix.len() { vector } else { VIRTIO_MSI_NO_VECTOR }
+    }
+
+    fn write_driver_features(&mut self, value: u32) {
+        if self.registers.status & FEATURES_OK != 0 {
+            return;
+        }
+        match self.registers.driver_feature_select {
+            0 => set_low(&mut self.registers.driver_features, value),
+            1 => set_high(&mut self.registers.driver_features, value),
+            _ => {}
+        }
+    }
+
+    fn write_status(&mut self, status: u8) {
+        if status == 0 {
+            self.device.reset();
+            self.registers = Registers::reset(&*self.device);
+            return;
+        }
+        let before = self.registers.status;
+        // Bits are only ever added; features are accepted when they were offered and include version 1.
+        let mut after = before | (status & (ACKNOWLEDGE_AND_DRIVER | DRIVER_OK | FEATURES_OK));
+        let features = self.registers.driver_features;
+        let acceptable = features & !self.offered_features() == 0 && features & VIRTIO_F_VERSION_1 != 0;
+        if before & FEATURES_OK == 0 && !acceptable {
+            after &= !FEATURES_OK;
+        }
+        if after & FEATURES_OK == 0 {
+            after &= !DRIVER_OK;
+        }
+        self.registers.status = after;
+        if after & !before & DRIVER_OK != 0
+            && let Err(error) = self.activate()
+        {
+            tracing::warn!(device = self.device.device_id(), error, "a device needs a reset");
+            self.registers.status |= DEVICE_NEEDS_RESET;
+            // Without a configuration vector the driver polls its status.
+            let _ = self.msix.interrupt(self.registers.config_vector).trigger();
+        }
+    }
+
+    fn activate(&mut self) -> Result<(), String> {
+        let features = self.registers.driver_features;
+        let mut queues = Vec::new();
+        for (registers, kick) in self.registers.queues.iter().zip(&self.kicks) {
+            let queue = self.build_queue(registers, queues.len(), features & VIRTIO_F_EVENT_IDX != 0)?;
+            let kick = kick.try_clone().map_err(|error| format!("cannot clone an eventfd: {error}"))?;
+            queues.push(ActiveQueue { queue, kick, interrupt: self.msix.interrupt(registers.vector) });
+        }
+        let activation = Activation { memory: self.memory.clone(), features, queues };
+        self.device.activate(activation).map_err(|error| error.to_string())
+    }
+
+    fn build_queue(&self, registers: &QueueRegisters, index: usize, event_idx: bool) -> Result<Queue, String> {
+        let max_size = self.device.queue_sizes().get(index).copied().unwrap_or_default();
+        let mut queue = Queue::new(max_size).map_err(|error| error.to_string())?;
+        queue.set_size(registers.size);
+        queue.set_event_idx(event_idx);
+        let split = |address: u64| (Some(low(address) as u32), Some(high(address) as u32));
+        let (low_half, high_half) = split(registers.descriptor_table);
+        queue.set_desc_table_address(low_half, high_half);
+        let (low_half, high_half) = split(registers.avail_ring);
+        queue.set_avail_ring_address(low_half, high_half);
+        let (low_half, high_half) = split(registers.used_ring);
+        queue.set_used_ring_address(low_half, high_half);
+        queue.set_ready(registers.enabled);
+        if registers.enabled && !queue.is_valid(&*self.memory) {
+            return Err(format!("the rings of queue {index} are not in guest RAM"));
+        }
+        Ok(queue)
+    }
+}
+
+impl BusDevice for Transport {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        let within = offset % STRUCTURE_LEN;
+        let at = usize::try_from(within).unwrap_or(usize::MAX);
+        match offset - within {
+            COMMON_CONFIG => {
+                let value = self.read_common(within).to_le_bytes();
+                for (to, from) in data.iter_mut().zip(value) {
+                    *to = from;
+                }
+            }
+            DEVICE_CONFIG => {
+                for (offset, byte) in (at..).zip(data) {
+                    *byte = self.device.config().get(offset).copied().unwrap_or(0);
+                }
+            }
+            MSIX_TABLE => self.msix.read_table(at, data),
+            MSIX_PENDING => self.msix.read_pending(at, data),
+            // There is no interrupt line, so its status is always zero.
+            _ => data.fill(0),
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        let within = offset % STRUCTURE_LEN;
+        match offset - within {
+            COMMON_CONFIG => {
+                let mut value = [0; 4];
+                // 64-bit fields are written as two halves (VIRTIO 1.2, 4.1.3.1).
+                if let Some(bytes) = value.get_mut(..data.len()) {
+                    bytes.copy_from_slice(data);
+                    self.write_common(within, u32::from_le_bytes(value));
+                }
+            }
+            MSIX_TABLE => self.msix.write_table(usize::try_from(within).unwrap_or(usize::MAX), data),
+            // Doorbells are eventfds in KVM; a write that arrives here had an odd size.
+            _ => {}
+        }
+    }
+}
+
+impl Registers {
+    fn reset(device: &dyn VirtioDevice) -> Self {
+        let queue = |size: &u16| QueueRegisters { size: *size, vector: VIRTIO_MSI_NO_VECTOR, ..Default::default() };
+        Self {
+            config_vector: VIRTIO_MSI_NO_VECTOR,
+            queues: device.queue_sizes().iter().map(queue).collect(),
+            ..Default::default()
+        }
+    }
+}
+
+fn virtio_capability(kind: u8, offset: u64) -> Vec<u8> {
+    // virtio_pci_cap (VIRTIO 1.2, 4.1.4) after its first two bytes; the notify capability has the multiplier behind it.
+    let notify = kind == VIRTIO_PCI_CAP_NOTIFY_CFG;
+    let mut body = vec![if notify { 20 } else { 16 }, kind, 0, 0, 0, 0];
+    body.extend_from_slice(&u32::try_from(offset).unwrap_or(0).to_le_bytes());
+    body.extend_from_slice(&u32::try_from(STRUCTURE_LEN).unwrap_or(0).to_le_bytes());
+    if notify {
+        body.extend_from_slice(&NOTIFY_MULTIPLIER.to_le_bytes());
+    }
+    body
+}
+
+fn msix_capability(vectors: usize) -> Vec<u8> {
+    let mut body = u16::try_from(vectors - 1).unwrap_or(0).to_le_bytes().to_vec();
+    body.extend_from_slice(&u32::try_from(MSIX_TABLE).unwrap_or(0).to_le_bytes());
+    body.extend_from_slice(&u32::try_from(MSIX_PENDING).unwrap_or(0).to_le_bytes());
+    body
+}
+
+fn select_word(value: u64, select: u32) -> u64 {
+    match select {
+        0 => low(value),
+        1 => high(value),
+        _ => 0,
+    }
+}
+
+fn low(value: u64) -> u64 {
+    value & 0xffff_ffff
+}
+
+fn high(value: u64) -> u64 {
+    value >> 32
+}
+
+fn set_low(value: &mut u64, half: u32) {
+    *value = high(*value) << 32 | u64::from(half);
+}
+
+fn set_high(value: &mut u64, half: u32) {
+    *value = low(*value) | u64::from(half) << 32;
+}

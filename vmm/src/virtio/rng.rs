@@ -1,0 +1,99 @@
+//! Entropy device (VIRTIO 1.2, 5.4): fills buffers with random bytes of the host.
+
+use std::os::fd::AsRawFd as _;
+use std::sync::{Arc, Mutex};
+
+use virtio_queue::QueueT as _;
+use vm_memory::{Address as _, Bytes as _};
+
+use super::{ActivateError, Activation, ActiveQueue, GuestMemory, VirtioDevice};
+use crate::event_loop::{EventSet, EventSource, Registry, lock};
+
+const VIRTIO_ID_RNG: u16 = 4;
+const QUEUE_SIZE: u16 = 64;
+/// Most bytes for one buffer; the driver asks for 64.
+const MAX_BYTES: usize = 64 << 10;
+
+/// The device; works on the event loop.
+pub struct Rng {
+    registry: Registry,
+    active: Option<Arc<Mutex<ActiveRng>>>,
+}
+
+struct ActiveRng {
+    memory: Arc<GuestMemory>,
+    queue: ActiveQueue,
+}
+
+impl Rng {
+    /// Makes the device.
+    #[must_use]
+    pub fn new(registry: Registry) -> Self {
+        Self { registry, active: None }
+    }
+}
+
+impl VirtioDevice for Rng {
+    fn device_id(&self) -> u16 {
+        VIRTIO_ID_RNG
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE]
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn config(&self) -> &[u8] {
+        &[]
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let queue = activation.queues.into_iter().next().ok_or(ActivateError::QueueMissing { index: 0 })?;
+        let fd = queue.kick.as_raw_fd();
+        let active = Arc::new(Mutex::new(ActiveRng { memory: activation.memory, queue }));
+        self.registry
+            .add(fd, EventSet::IN, 0, active.clone())
+            .map_err(|source| ActivateError::Host { action: "watch the queue", source })?;
+        self.active = Some(active);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        if let Some(active) = self.active.take() {
+            self.registry.remove(lock(&active).queue.kick.as_raw_fd());
+        }
+    }
+}
+
+impl EventSource for ActiveRng {
+    fn on_event(&mut self, _token: u64, _ready: EventSet) {
+        // The counter is of no interest; a spurious wake finds no buffer.
+        let _ = self.queue.kick.read();
+        let mut used_any = false;
+        while let Some(chain) = self.queue.queue.pop_descriptor_chain(&*self.memory) {
+            let head = chain.head_index();
+            let filled = chain.writable().next().map_or(0, |buffer| self.fill(buffer.addr(), buffer.len()));
+            if self.queue.queue.add_used(&*self.memory, head, filled).is_err() {
+                return;
+            }
+            used_any = true;
+        }
+        if used_any && self.queue.queue.needs_notification(&*self.memory).unwrap_or(true) {
+            // The driver polls nothing: a lost interrupt is its loss, and the next one tells it.
+            let _ = self.queue.interrupt.trigger();
+        }
+    }
+}
+
+impl ActiveRng {
+    fn fill(&self, address: vm_memory::GuestAddress, len: u32) -> u32 {
+        let mut bytes = vec![0; usize::try_from(len).unwrap_or(MAX_BYTES).min(MAX_BYTES)];
+        let Ok(count) = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()) else { return 0 };
+        let written = self.memory.write_slice(&bytes[..count], address).is_ok();
+        tracing::trace!(address = address.raw_value(), count, "entropy");
+        if written { u32::try_from(count).unwrap_or(0) } else { 0 }
+    }
+}

@@ -1,0 +1,473 @@
+//! Between the two queues and the connections: takes the guest's packets apart, fills its receive buffers in turn.
+//!
+//! Lives on the event loop: one wake of a queue or a socket is one call of [`EventSource::on_event`]. A socket is watched
+//! only for what can be done with it, so a full guest or a slow host costs no wakes.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, Weak};
+
+use virtio_queue::{DescriptorChain, QueueOwnedT as _, QueueT as _};
+use vm_memory::{Bytes as _, GuestAddress, GuestMemoryError};
+
+use super::connection::{Broken, Connection};
+use super::packet::{
+    HEADER_LEN, Header, MAX_PAYLOAD_LEN, VIRTIO_VSOCK_OP_CREDIT_REQUEST, VIRTIO_VSOCK_OP_CREDIT_UPDATE,
+    VIRTIO_VSOCK_OP_REQUEST, VIRTIO_VSOCK_OP_RESPONSE, VIRTIO_VSOCK_OP_RST, VIRTIO_VSOCK_OP_RW,
+    VIRTIO_VSOCK_OP_SHUTDOWN, VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE, VIRTIO_VSOCK_SHUTDOWN_F_SEND,
+    VIRTIO_VSOCK_TYPE_STREAM,
+};
+use crate::event_loop::{EventSet, EventSource, Registry, SharedSource};
+use crate::virtio::{ActivateError, Activation, ActiveQueue, GuestMemory};
+
+const HOST_CID: u64 = 2;
+/// Most connections at once.
+const MAX_CONNECTIONS: usize = 1023;
+/// Most packets without payload that wait for receive buffers; more are dropped, the guest's requests then time out.
+const MAX_PENDING: usize = 4096;
+const TOKEN_RX: u64 = 0;
+const TOKEN_TX: u64 = 1;
+
+/// Ports of one connection.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+struct Ports {
+    host: u32,
+    guest: u32,
+}
+
+impl Ports {
+    fn token(self) -> u64 {
+        // Host port 0 is never declared, so no token is one of the queues'.
+        u64::from(self.host) << 32 | u64::from(self.guest)
+    }
+
+    fn from_token(token: u64) -> Self {
+        Self { host: (token >> 32) as u32, guest: token as u32 }
+    }
+}
+
+/// The working device.
+pub(super) struct Muxer {
+    memory: Arc<GuestMemory>,
+    rx: ActiveQueue,
+    tx: ActiveQueue,
+    guest_cid: u64,
+    host_ports: Arc<Vec<(u32, OwnedFd)>>,
+    registry: Registry,
+    /// Ourselves, for registering sockets.
+    this: Weak<Mutex<Muxer>>,
+    connections: HashMap<Ports, Connection>,
+    /// Packets without payload, in order.
+    pending: VecDeque<Header>,
+    /// Connections whose socket has something to read, in turn.
+    readable: VecDeque<Ports>,
+    payload: Vec<u8>,
+}
+
+/// A guest buffer.
+type Buffer = (GuestAddress, u32);
+
+impl Muxer {
+    pub(super) fn start(
+        activation: Activation,
+        guest_cid: u64,
+        host_ports: Arc<Vec<(u32, OwnedFd)>>,
+        registry: Registry,
+    ) -> Result<Arc<Mutex<Self>>, ActivateError> {
+        let mut queues = activation.queues.into_iter();
+        let rx = queues.next().ok_or(ActivateError::QueueMissing { index: 0 })?;
+        let tx = queues.next().ok_or(ActivateError::QueueMissing { index: 1 })?;
+        let (rx_fd, tx_fd) = (rx.kick.as_raw_fd(), tx.kick.as_raw_fd());
+        let muxer = Arc::new_cyclic(|this| {
+            Mutex::new(Self {
+                memory: activation.memory,
+                rx,
+                tx,
+                guest_cid,
+                host_ports,
+                registry: registry.clone(),
+                this: this.clone(),
+                connections: HashMap::new(),
+                pending: VecDeque::new(),
+                readable: VecDeque::new(),
+                payload: vec![0; MAX_PAYLOAD_LEN as usize],
+            })
+        });
+        for (fd, token) in [(rx_fd, TOKEN_RX), (tx_fd, TOKEN_TX)] {
+            registry
+                .add(fd, EventSet::IN, token, muxer.clone())
+                .map_err(|source| ActivateError::Host { action: "watch a queue", source })?;
+        }
+        Ok(muxer)
+    }
+
+    /// Drops every connection and touches guest memory no more.
+    pub(super) fn stop(&mut self) {
+        self.registry.remove(self.rx.kick.as_raw_fd());
+        self.registry.remove(self.tx.kick.as_raw_fd());
+        for connection in self.connections.values() {
+            self.registry.remove(connection.socket.as_raw_fd());
+        }
+        self.connections.clear();
+        self.pending.clear();
+        self.readable.clear();
+    }
+
+    /// Takes every packet that the guest has put out.
+    fn take_packets(&mut self) -> Result<(), virtio_queue::Error> {
+        let mut used_any = false;
+        while let Some(chain) = self.tx.queue.pop_descriptor_chain(self.memory.clone()) {
+            let head = chain.head_index();
+            self.take_packet(chain);
+            self.tx.queue.add_used(&*self.memory, head, 0)?;
+            used_any = true;
+        }
+        interrupt_if(used_any, &mut self.tx, &self.memory)
+    }
+
+    fn take_packet(&mut self, chain: DescriptorChain<Arc<GuestMemory>>) {
+        let mut buffers: VecDeque<Buffer> = chain.readable().map(|buffer| (buffer.addr(), buffer.len())).collect();
+        let mut bytes = [0; HEADER_LEN];
+        if self.gather(&mut buffers, &mut bytes).is_none() {
+            return;
+        }
+        let header = Header::decode(&bytes);
+        if header.src_cid != self.guest_cid || header.dst_cid != HOST_CID || header.len > MAX_PAYLOAD_LEN {
+            return;
+        }
+        let ports = Ports { host: header.dst_port, guest: header.src_port };
+        if header.typ != VIRTIO_VSOCK_TYPE_STREAM {
+            self.send_reset(ports);
+            return;
+        }
+        if let Some(connection) = self.connections.get_mut(&ports) {
+            connection.learn_credit(&header);
+        }
+        match header.op {
+            VIRTIO_VSOCK_OP_REQUEST => self.connect(ports, &header),
+            VIRTIO_VSOCK_OP_RW => self.receive(ports, header.len, &mut buffers),
+            VIRTIO_VSOCK_OP_SHUTDOWN => self.end_guest(ports, header.flags),
+            VIRTIO_VSOCK_OP_RST => self.drop_connection(ports),
+            VIRTIO_VSOCK_OP_CREDIT_REQUEST => self.send_control(ports, VIRTIO_VSOCK_OP_CREDIT_UPDATE, 0),
+            VIRTIO_VSOCK_OP_CREDIT_UPDATE if self.connections.contains_key(&ports) => {
+                self.make_readable(ports);
+                self.watch(ports);
+            }
+            _ => self.send_reset(ports),
+        }
+    }
+
+    /// Copies `into.len()` bytes from the front of `buffers`; nothing when they hold less.
+    fn gather(&self, buffers: &mut VecDeque<Buffer>, into: &mut [u8]) -> Option<()> {
+        let mut filled = 0;
+        while filled < into.len() {
+            let (address, len) = buffers.pop_front()?;
+            let take = (into.len() - filled).min(len as usize);
+            self.memory.read_slice(&mut into[filled..filled + take], address).ok()?;
+            filled += take;
+            let taken = u32::try_from(take).ok()?;
+            if taken < len {
+                buffers.push_front((GuestAddress(address.0.checked_add(taken.into())?), len - taken));
+            }
+        }
+        Some(())
+    }
+
+    fn connect(&mut self, ports: Ports, header: &Header) {
+        let accepted = if self.connections.contains_key(&ports) || self.connections.len() >= MAX_CONNECTIONS {
+            None
+        } else {
+            self.hand_over(ports).ok()
+        };
+        let Some(socket) = accepted else {
+            self.drop_connection(ports);
+            self.send_reset(ports);
+            return;
+        };
+        self.connections.insert(ports, Connection::new(socket, header));
+        self.send_control(ports, VIRTIO_VSOCK_OP_RESPONSE, 0);
+        self.watch(ports);
+    }
+
+    /// Gives one end of a new socket pair to the owner of the host port.
+    fn hand_over(&self, ports: Ports) -> io::Result<UnixStream> {
+        let (_, owner) =
+            self.host_ports.iter().find(|(port, _)| *port == ports.host).ok_or(io::ErrorKind::ConnectionRefused)?;
+        let (ours, theirs) = UnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        vmm_api::fds::send(owner.as_fd(), &ports.guest.to_le_bytes(), &[theirs.as_fd()])?;
+        Ok(ours)
+    }
+
+    fn receive(&mut self, ports: Ports, len: u32, buffers: &mut VecDeque<Buffer>) {
+        let mut payload = std::mem::take(&mut self.payload);
+        let bytes = &mut payload[..len as usize];
+        let complete = self.gather(buffers, bytes).is_some();
+        let accepted = match self.connections.get_mut(&ports) {
+            Some(connection) if complete => connection.push(bytes),
+            _ => Err(Broken),
+        };
+        self.payload = payload;
+        match accepted {
+            Ok(()) => self.after_output(ports),
+            Err(Broken) => self.reset_connection(ports),
+        }
+    }
+
+    /// Bytes have moved to the host.
+    fn after_output(&mut self, ports: Ports) {
+        let Some(connection) = self.connections.get(&ports) else { return };
+        if connection.finished() {
+            self.reset_connection(ports);
+            return;
+        }
+        if connection.credit_update_due() {
+            self.send_control(ports, VIRTIO_VSOCK_OP_CREDIT_UPDATE, 0);
+        }
+        self.watch(ports);
+    }
+
+    fn end_guest(&mut self, ports: Ports, flags: u32) {
+        let Some(connection) = self.connections.get_mut(&ports) else {
+            self.send_reset(ports);
+            return;
+        };
+        connection.end_guest(flags);
+        if flags & VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE != 0 {
+            // Whatever the host still writes has no reader.
+            connection.host_ended = true;
+        }
+        self.after_output(ports);
+    }
+
+    fn send_control(&mut self, ports: Ports, op: u16, flags: u32) {
+        if self.pending.len() < MAX_PENDING {
+            let header = Header {
+                src_cid: HOST_CID,
+                dst_cid: self.guest_cid,
+                src_port: ports.host,
+                dst_port: ports.guest,
+                typ: VIRTIO_VSOCK_TYPE_STREAM,
+                op,
+                flags,
+                ..Header::default()
+            };
+            self.pending.push_back(header);
+        }
+    }
+
+    fn send_reset(&mut self, ports: Ports) {
+        self.send_control(ports, VIRTIO_VSOCK_OP_RST, 0);
+    }
+
+    fn reset_connection(&mut self, ports: Ports) {
+        self.drop_connection(ports);
+        self.send_reset(ports);
+    }
+
+    fn drop_connection(&mut self, ports: Ports) {
+        if let Some(mut connection) = self.connections.remove(&ports) {
+            self.registry.remove(connection.socket.as_raw_fd());
+            // What the socket takes now is saved; the rest has no future.
+            let _ = connection.flush();
+        }
+        self.readable.retain(|waiting| *waiting != ports);
+    }
+
+    fn make_readable(&mut self, ports: Ports) {
+        if !self.readable.contains(&ports) {
+            self.readable.push_back(ports);
+        }
+    }
+
+    /// Watches the socket for what can be done with it now.
+    fn watch(&mut self, ports: Ports) {
+        let Some(connection) = self.connections.get(&ports) else { return };
+        let fd = connection.socket.as_raw_fd();
+        let mut interest = EventSet::empty();
+        if connection.has_output() {
+            interest |= EventSet::OUT;
+        }
+        if !connection.host_ended && connection.peer_room() > 0 && !self.readable.contains(&ports) {
+            interest |= EventSet::IN;
+        }
+        if interest.is_empty() {
+            self.registry.remove(fd);
+        } else if self.registry.modify(fd, interest).is_err() {
+            let Some(this) = self.this.upgrade() else { return };
+            let source: SharedSource = this;
+            if self.registry.add(fd, interest, ports.token(), source).is_err() {
+                self.reset_connection(ports);
+            }
+        }
+    }
+
+    /// Fills the guest's receive buffers: waiting packets first, then one packet of each readable connection in turn.
+    fn fill_buffers(&mut self) -> Result<(), virtio_queue::Error> {
+        let mut used_any = false;
+        while !(self.pending.is_empty() && self.readable.is_empty()) {
+            let Some(chain) = self.rx.queue.pop_descriptor_chain(self.memory.clone()) else { break };
+            let head = chain.head_index();
+            let buffers: VecDeque<Buffer> = chain.writable().map(|buffer| (buffer.addr(), buffer.len())).collect();
+            let written = match self.pending.pop_front() {
+                Some(mut header) => {
+                    if let Some(connection) = self.connections.get_mut(&ports_of(&header)) {
+                        connection.tell_credit(&mut header);
+                    }
+                    Some(self.write_header(&buffers, &header))
+                }
+                None => self.fill_from_sockets(&buffers),
+            };
+            match written {
+                Some(len) => {
+                    self.rx.queue.add_used(&*self.memory, head, len)?;
+                    used_any = true;
+                }
+                None => self.rx.queue.go_to_previous_position(),
+            }
+        }
+        interrupt_if(used_any, &mut self.rx, &self.memory)
+    }
+
+    /// Writes a header to the front of a buffer; a buffer too small for one is returned empty.
+    fn write_header(&self, buffers: &VecDeque<Buffer>, header: &Header) -> u32 {
+        match buffers.front() {
+            Some((address, len)) if *len as usize >= HEADER_LEN => {
+                if self.memory.write_slice(&header.encode(), *address).is_ok() { HEADER_LEN as u32 } else { 0 }
+            }
+            _ => 0,
+        }
+    }
+
+    /// Reads from the next socket that has something; nothing when none has.
+    fn fill_from_sockets(&mut self, buffers: &VecDeque<Buffer>) -> Option<u32> {
+        while let Some(ports) = self.readable.pop_front() {
+            match self.read_socket(ports, buffers) {
+                Ok(Some(payload_len)) => {
+                    let connection = self.connections.get_mut(&ports)?;
+                    connection.count_sent(payload_len);
+                    let mut header = Header {
+                        src_cid: HOST_CID,
+                        dst_cid: self.guest_cid,
+                        src_port: ports.host,
+                        dst_port: ports.guest,
+                        len: payload_len,
+                        typ: VIRTIO_VSOCK_TYPE_STREAM,
+                        op: VIRTIO_VSOCK_OP_RW,
+                        ..Header::default()
+                    };
+                    connection.tell_credit(&mut header);
+                    self.readable.push_back(ports);
+                    return Some(self.write_header(buffers, &header) + payload_len);
+                }
+                Ok(None) => self.watch(ports),
+                Err(Broken) => self.reset_connection(ports),
+            }
+            if !self.pending.is_empty() {
+                // An end or a reset was found; it takes this buffer's place in the next turn.
+                return None;
+            }
+        }
+        None
+    }
+
+    /// Reads behind the place of the header; nothing when there is no room or nothing to read.
+    fn read_socket(&mut self, ports: Ports, buffers: &VecDeque<Buffer>) -> Result<Option<u32>, Broken> {
+        let Some(connection) = self.connections.get_mut(&ports) else { return Ok(None) };
+        let header_len = HEADER_LEN as u32;
+        let mut room = connection.peer_room().min(MAX_PAYLOAD_LEN);
+        if connection.host_ended || room == 0 {
+            return Ok(None);
+        }
+        let mut total = 0;
+        for (index, (address, len)) in buffers.iter().enumerate() {
+            let skip = if index == 0 { header_len } else { 0 };
+            let Some(len) = len.checked_sub(skip) else { return Err(Broken) };
+            let want = len.min(room);
+            if want == 0 {
+                break;
+            }
+            let Some(address) = address.0.checked_add(skip.into()) else { return Err(Broken) };
+            match self.memory.read_volatile_from(GuestAddress(address), &mut connection.socket, want as usize) {
+                Ok(0) if total == 0 => {
+                    connection.host_ended = true;
+                    self.end_host(ports);
+                    return Ok(None);
+                }
+                Ok(count) => {
+                    let count = u32::try_from(count).unwrap_or(want);
+                    total += count;
+                    room -= count;
+                    if count < want {
+                        break;
+                    }
+                }
+                Err(GuestMemoryError::IOError(error)) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(_) => return Err(Broken),
+            }
+        }
+        Ok((total > 0).then_some(total))
+    }
+
+    /// The host has ended its half.
+    fn end_host(&mut self, ports: Ports) {
+        let finished = self.connections.get(&ports).is_some_and(Connection::guest_side_finished);
+        if finished {
+            self.reset_connection(ports);
+        } else {
+            self.send_control(ports, VIRTIO_VSOCK_OP_SHUTDOWN, VIRTIO_VSOCK_SHUTDOWN_F_SEND);
+        }
+    }
+
+    fn socket_ready(&mut self, ports: Ports, ready: EventSet) {
+        let Some(connection) = self.connections.get_mut(&ports) else { return };
+        if connection.has_output() && ready.intersects(EventSet::OUT | EventSet::HANG_UP | EventSet::ERROR) {
+            match connection.flush() {
+                Ok(()) => self.after_output(ports),
+                Err(Broken) => self.reset_connection(ports),
+            }
+        }
+        if ready.intersects(EventSet::IN | EventSet::HANG_UP | EventSet::ERROR) && self.connections.contains_key(&ports) {
+            self.make_readable(ports);
+        }
+        self.watch(ports);
+    }
+}
+
+impl EventSource for Muxer {
+    fn on_event(&mut self, token: u64, ready: EventSet) {
+        let outcome = match token {
+            TOKEN_RX => {
+                // The counters are of no interest.
+                let _ = self.rx.kick.read();
+                Ok(())
+            }
+            TOKEN_TX => {
+                let _ = self.tx.kick.read();
+                self.take_packets()
+            }
+            token => {
+                self.socket_ready(Ports::from_token(token), ready);
+                Ok(())
+            }
+        };
+        if let Err(error) = outcome.and_then(|()| self.fill_buffers()) {
+            tracing::debug!(%error, "the driver broke the rings of the socket device");
+            self.stop();
+        }
+    }
+}
+
+fn ports_of(header: &Header) -> Ports {
+    Ports { host: header.src_port, guest: header.dst_port }
+}
+
+fn interrupt_if(used_any: bool, queue: &mut ActiveQueue, memory: &GuestMemory) -> Result<(), virtio_queue::Error> {
+    if used_any && queue.queue.needs_notification(memory)? {
+        // A vector that the guest set to nonsense loses its own interrupts.
+        let _ = queue.interrupt.trigger();
+    }
+    Ok(())
+}
