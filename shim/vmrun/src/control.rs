@@ -133,9 +133,8 @@ async fn next(lines: &mut Lines<tokio::io::BufReader<OwnedReadHalf>>) -> Result<
 async fn answer(socket: &OwnedWriteHalf, answer: &Answer, passed: &[BorrowedFd<'_>]) -> Result<()> {
     let mut line = serde_json::to_vec(answer)?;
     line.push(b'\n');
-    let socket = tokio::io::unix::AsyncFd::register_with_interest(socket.try_clone()?, Interest::WRITABLE)
-        .map_err(io::Error::from)?;
-    socket.async_io(Interest::WRITABLE, |socket| fds::send(socket.as_fd(), &line, passed)).await?;
+    let socket: &UnixStream = socket.as_ref();
+    socket.async_io(Interest::WRITABLE, || fds::send(socket.as_fd(), &line, passed)).await?;
     Ok(())
 }
 

@@ -73,7 +73,13 @@ impl EventSource for ActiveRng {
         // The counter is of no interest; a spurious wake finds no buffer.
         let _ = self.queue.kick.read();
         let mut used_any = false;
-        while let Some(chain) = self.queue.queue.pop_descriptor_chain(&*self.memory) {
+        for _ in 0..=self.queue.queue.size() {
+            let Some(chain) = self.queue.queue.pop_descriptor_chain(&*self.memory) else {
+                match self.queue.queue.enable_notification(&*self.memory) {
+                    Ok(true) => continue,
+                    _ => break,
+                }
+            };
             let head = chain.head_index();
             let filled = chain.writable().next().map_or(0, |buffer| self.fill(buffer.addr(), buffer.len()));
             if self.queue.queue.add_used(&*self.memory, head, filled).is_err() {

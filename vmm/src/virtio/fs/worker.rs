@@ -33,7 +33,8 @@ impl Worker {
     ) -> io::Result<Self> {
         let stop = EventFd::new(EFD_NONBLOCK)?;
         let doorbell = Doorbell::create(&queue.kick, &stop)?;
-        let mut serving = Serving { queue, memory, server };
+        let stopping = stop.try_clone()?;
+        let mut serving = Serving { queue, memory, server, stopping };
         let thread = thread::Builder::new().name(format!("fs{index}")).spawn(move || {
             // virtiofsd changes the umask and the credentials of the calling thread only; the umask needs its own fs_struct.
             if nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS).is_err() {
@@ -60,6 +61,7 @@ struct Serving {
     queue: ActiveQueue,
     memory: Arc<GuestMemory>,
     server: Arc<Server<PassthroughFs>>,
+    stopping: EventFd,
 }
 
 impl Serving {
@@ -74,11 +76,22 @@ impl Serving {
         }
     }
 
+    /// Whether the order to stop has come; it stays, so that the doorbell sees it too.
+    fn stopping(&self) -> bool {
+        let stopping = self.stopping.read().is_ok();
+        if stopping {
+            // The counter was just emptied.
+            let _ = self.stopping.write(1);
+        }
+        stopping
+    }
+
     fn serve_all(&mut self) -> Result<(), virtio_queue::Error> {
         loop {
             self.queue.queue.disable_notification(&*self.memory)?;
             let mut used_any = false;
-            while let Some(chain) = self.queue.queue.pop_descriptor_chain(self.memory.clone()) {
+            for _ in 0..self.queue.queue.size() {
+                let Some(chain) = self.queue.queue.pop_descriptor_chain(self.memory.clone()) else { break };
                 let head = chain.head_index();
                 let written = self.answer(chain);
                 self.queue.queue.add_used(&*self.memory, head, written)?;
@@ -89,6 +102,13 @@ impl Serving {
                 let _ = self.queue.interrupt.trigger();
             }
             if !self.queue.queue.enable_notification(&*self.memory)? {
+                return Ok(());
+            }
+            if !used_any {
+                // More is claimed than the ring can hold.
+                return Err(virtio_queue::Error::InvalidAvailRingIndex);
+            }
+            if self.stopping() {
                 return Ok(());
             }
         }

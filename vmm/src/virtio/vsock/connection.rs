@@ -9,6 +9,7 @@ use std::io::{self, Write as _};
 use std::net::Shutdown;
 use std::num::Wrapping;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::packet::{Header, VIRTIO_VSOCK_SHUTDOWN_F_SEND};
 
@@ -16,6 +17,10 @@ use super::packet::{Header, VIRTIO_VSOCK_SHUTDOWN_F_SEND};
 pub(super) const BUF_ALLOC: u32 = 256 << 10;
 /// The guest is told of new room after this many bytes.
 const CREDIT_UPDATE_AFTER: u32 = BUF_ALLOC / 4;
+
+/// Connections that the guest has left and whose last bytes are still being read; each has a thread.
+static FINISHING: AtomicUsize = AtomicUsize::new(0);
+const MAX_FINISHING: usize = 64;
 
 /// A connection; `Wrapping` counters as the standard has them.
 pub(super) struct Connection {
@@ -150,6 +155,24 @@ impl Connection {
     /// The guest has closed: every byte has been passed on and nothing more will be read.
     pub(super) fn guest_side_finished(&self) -> bool {
         self.host_told_of_end
+    }
+
+    /// The guest is gone from this connection, but a slow reader on the host still gets every byte.
+    pub(super) fn finish_in_background(mut self) {
+        if FINISHING.fetch_add(1, Ordering::Relaxed) >= MAX_FINISHING {
+            FINISHING.fetch_sub(1, Ordering::Relaxed);
+            tracing::warn!("too many slow readers; the last bytes of a stream are dropped");
+            return;
+        }
+        let finish = move || {
+            let rest: Vec<u8> = self.to_host.drain(..).collect();
+            // A reader that has gone meanwhile wants nothing.
+            let _ = self.socket.set_nonblocking(false).and_then(|()| self.socket.write_all(&rest));
+            FINISHING.fetch_sub(1, Ordering::Relaxed);
+        };
+        if std::thread::Builder::new().name("vsock-finish".to_owned()).stack_size(64 << 10).spawn(finish).is_err() {
+            FINISHING.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 
     fn count_forwarded(&mut self, len: usize) {

@@ -64,6 +64,8 @@ pub(super) struct Muxer {
     /// Connections whose socket has something to read, in turn.
     readable: VecDeque<Ports>,
     payload: Vec<u8>,
+    /// Set by a reset: an event that was on its way is not served any more.
+    stopped: bool,
 }
 
 /// A guest buffer.
@@ -93,6 +95,7 @@ impl Muxer {
                 pending: VecDeque::new(),
                 readable: VecDeque::new(),
                 payload: vec![0; MAX_PAYLOAD_LEN as usize],
+                stopped: false,
             })
         });
         for (fd, token) in [(rx_fd, TOKEN_RX), (tx_fd, TOKEN_TX)] {
@@ -105,6 +108,7 @@ impl Muxer {
 
     /// Drops every connection and touches guest memory no more.
     pub(super) fn stop(&mut self) {
+        self.stopped = true;
         self.registry.remove(self.rx.kick.as_raw_fd());
         self.registry.remove(self.tx.kick.as_raw_fd());
         for connection in self.connections.values() {
@@ -118,13 +122,25 @@ impl Muxer {
     /// Takes every packet that the guest has put out.
     fn take_packets(&mut self) -> Result<(), virtio_queue::Error> {
         let mut used_any = false;
-        while let Some(chain) = self.tx.queue.pop_descriptor_chain(self.memory.clone()) {
-            let head = chain.head_index();
-            self.take_packet(chain);
-            self.tx.queue.add_used(&*self.memory, head, 0)?;
-            used_any = true;
+        loop {
+            self.tx.queue.disable_notification(&*self.memory)?;
+            // At most one ring of packets a turn: a guest that never stops must not keep the loop from others.
+            for _ in 0..self.tx.queue.size() {
+                let Some(chain) = self.tx.queue.pop_descriptor_chain(self.memory.clone()) else { break };
+                let head = chain.head_index();
+                self.take_packet(chain);
+                self.tx.queue.add_used(&*self.memory, head, 0)?;
+                used_any = true;
+            }
+            if !self.tx.queue.enable_notification(&*self.memory)? {
+                return interrupt_if(used_any, &mut self.tx, &self.memory);
+            }
+            if used_any {
+                // The rest is taken in the next turn.
+                let _ = self.tx.kick.write(1);
+                return interrupt_if(used_any, &mut self.tx, &self.memory);
+            }
         }
-        interrupt_if(used_any, &mut self.tx, &self.memory)
     }
 
     fn take_packet(&mut self, chain: DescriptorChain<Arc<GuestMemory>>) {
@@ -270,8 +286,9 @@ impl Muxer {
     fn drop_connection(&mut self, ports: Ports) {
         if let Some(mut connection) = self.connections.remove(&ports) {
             self.registry.remove(connection.socket.as_raw_fd());
-            // What the socket takes now is saved; the rest has no future.
-            let _ = connection.flush();
+            if connection.flush().is_ok() && connection.has_output() {
+                connection.finish_in_background();
+            }
         }
         self.readable.retain(|waiting| *waiting != ports);
     }
@@ -307,8 +324,16 @@ impl Muxer {
     /// Fills the guest's receive buffers: waiting packets first, then one packet of each readable connection in turn.
     fn fill_buffers(&mut self) -> Result<(), virtio_queue::Error> {
         let mut used_any = false;
+        let mut turns = self.rx.queue.size();
         while !(self.pending.is_empty() && self.readable.is_empty()) {
-            let Some(chain) = self.rx.queue.pop_descriptor_chain(self.memory.clone()) else { break };
+            let Some(chain) = self.rx.queue.pop_descriptor_chain(self.memory.clone()) else {
+                // Asks to be told of the next buffer; when one came in the meantime, there is another turn.
+                if self.rx.queue.enable_notification(&*self.memory)? && turns > 0 {
+                    turns -= 1;
+                    continue;
+                }
+                break;
+            };
             let head = chain.head_index();
             let buffers: VecDeque<Buffer> = chain.writable().map(|buffer| (buffer.addr(), buffer.len())).collect();
             let written = match self.pending.pop_front() {
@@ -386,8 +411,11 @@ impl Muxer {
             let skip = if index == 0 { header_len } else { 0 };
             let Some(len) = len.checked_sub(skip) else { return Err(Broken) };
             let want = len.min(room);
-            if want == 0 {
+            if room == 0 {
                 break;
+            }
+            if want == 0 {
+                continue;
             }
             let Some(address) = address.0.checked_add(skip.into()) else { return Err(Broken) };
             match self.memory.read_volatile_from(GuestAddress(address), &mut connection.socket, want as usize) {
@@ -438,6 +466,9 @@ impl Muxer {
 
 impl EventSource for Muxer {
     fn on_event(&mut self, token: u64, ready: EventSet) {
+        if self.stopped {
+            return;
+        }
         let outcome = match token {
             TOKEN_RX => {
                 // The counters are of no interest.
