@@ -164,7 +164,13 @@ impl Containers {
         })
     }
 
-    pub(crate) fn resize(&self, container_id: &str, exec_id: &str, rows: u32, columns: u32) -> Result<(), ContainerError> {
+    pub(crate) fn resize(
+        &self,
+        container_id: &str,
+        exec_id: &str,
+        rows: u32,
+        columns: u32,
+    ) -> Result<(), ContainerError> {
         let resized = self.with_process(container_id, exec_id, |process| {
             process.terminal.as_ref().map(|terminal| set_size(terminal, rows, columns))
         })?;
@@ -301,7 +307,9 @@ fn classify(text: String, code: u8) -> String {
         return format!("the child exited with {code} and said nothing");
     }
     let lower = text.to_lowercase();
-    if lower.contains("not found") && lower.contains("executable") || lower.contains("no such file or directory") && lower.contains("exec") {
+    if lower.contains("not found") && lower.contains("executable")
+        || lower.contains("no such file or directory") && lower.contains("exec")
+    {
         return format!("exec-not-found: {text}");
     }
     if lower.contains("permission") && lower.contains("exec") {

@@ -1,7 +1,7 @@
 //! The protocol: each method calls one function; errors become gRPC status codes here and nowhere else.
 
 use agent_api::message::{
-    ContainerRequest, CreateContainerRequest, ConfigureRequest, DeleteRequest, Empty, EventsReply, ExecRequest,
+    ConfigureRequest, ContainerRequest, CreateContainerRequest, DeleteRequest, Empty, EventsReply, ExecRequest,
     GuestProcess, ListProcessesReply, OnlineResourcesReply, ProcessReply, ProcessRequest, ResizeRequest, ShareRequest,
     SignalRequest, StatsReply, UpdateRequest, WaitReply,
 };
@@ -12,8 +12,8 @@ use async_trait::async_trait;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::sync::oneshot;
 use tokio_vsock::{VsockAddr, VsockStream};
-use ttrpc::asynchronous::transport::Listener;
 use ttrpc::asynchronous::TtrpcContext;
+use ttrpc::asynchronous::transport::Listener;
 use ttrpc::{Code, get_status};
 
 use crate::cgroup::Cgroup;
@@ -90,7 +90,8 @@ impl Agent for Service {
             tv_sec: request.realtime_ns / 1_000_000_000,
             tv_nsec: request.realtime_ns % 1_000_000_000,
         };
-        rustix::time::clock_settime(rustix::time::ClockId::Realtime, time).map_err(|e| internal("set the clock", &e))?;
+        rustix::time::clock_settime(rustix::time::ClockId::Realtime, time)
+            .map_err(|e| internal("set the clock", &e))?;
         sys::add_entropy(&request.entropy).map_err(|e| internal("add entropy", &e))?;
         rustix::system::sethostname(request.hostname.as_bytes()).map_err(|e| internal("set the host name", &e))?;
         for tag in &request.shares {

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use agent_api::{HOST_CID, STREAM_PORT};
 use rustix::pipe::{PipeFlags, pipe_with};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::unix::pipe;
 use tokio::task::JoinHandle;
 use tokio_vsock::{VsockAddr, VsockStream};
@@ -62,7 +62,11 @@ pub(crate) fn drain(stream: Option<VsockStream>) -> io::Result<OwnedFd> {
 }
 
 /// Carries bytes between a terminal's master and the host.
-pub(crate) fn connect_terminal(master: OwnedFd, input: Option<VsockStream>, output: Option<VsockStream>) -> io::Result<()> {
+pub(crate) fn connect_terminal(
+    master: OwnedFd,
+    input: Option<VsockStream>,
+    output: Option<VsockStream>,
+) -> io::Result<()> {
     rustix::io::ioctl_fionbio(&master, true)?;
     let master = Arc::new(crate::sys::watch(master)?);
     if let Some(mut input) = input {

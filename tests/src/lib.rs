@@ -11,8 +11,8 @@ use tempfile::TempDir;
 
 /// Commands of the root file system, each a link to busybox.
 const COMMANDS: [&str; 22] = [
-    "sh", "cat", "echo", "id", "ls", "touch", "sleep", "true", "false", "hostname", "mount", "grep", "wc", "dd", "nproc",
-    "env", "kill", "stty", "ln", "readlink", "mv", "rm",
+    "sh", "cat", "echo", "id", "ls", "touch", "sleep", "true", "false", "hostname", "mount", "grep", "wc", "dd",
+    "nproc", "env", "kill", "stty", "ln", "readlink", "mv", "rm",
 ];
 
 /// One story: folders and a root file system, removed at its end.
@@ -43,7 +43,8 @@ impl Story {
         for command in COMMANDS {
             symlink("busybox", rootfs.join("bin").join(command)).expect("a link to busybox");
         }
-        fs::write(rootfs.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/:/bin/sh\n").expect("passwd");
+        fs::write(rootfs.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/:/bin/sh\n")
+            .expect("passwd");
         fs::write(rootfs.join("etc/group"), "root:x:0:\nuser:x:1000:\n").expect("group");
         fs::create_dir(dir.path().join("volume")).expect("a volume");
         Self { dir }

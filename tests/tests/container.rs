@@ -87,7 +87,8 @@ fn what_a_container_writes_to_its_root_stays_out_of_the_image() {
 fn a_volume_is_written_through() {
     let story = Story::new();
     let volume = format!("{}:/mnt", story.volume().display());
-    let ran = story.run(&["-v", &volume], &["sh", "-c", "echo data > /mnt/a; mv /mnt/a /mnt/b; ln -s b /mnt/c; cat /mnt/c"]);
+    let ran =
+        story.run(&["-v", &volume], &["sh", "-c", "echo data > /mnt/a; mv /mnt/a /mnt/b; ln -s b /mnt/c; cat /mnt/c"]);
     assert_eq!(ran.success(), "data\n");
     assert_eq!(fs::read_to_string(story.volume().join("b")).expect("file"), "data\n");
     story.assert_nothing_left();

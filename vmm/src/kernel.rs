@@ -72,7 +72,8 @@ pub fn load_initramfs(memory: &GuestMemory, initramfs: OwnedFd, kernel_end: u64)
     let mut file = File::from(initramfs);
     let size = file.metadata().map_err(KernelError::Read)?.len();
     let low_ram_end = memory.iter().next().map_or(0, |region| region.start_addr().raw_value() + region.len());
-    let address = low_ram_end.checked_sub(size).map(|address| address & !0xfff).filter(|address| *address >= kernel_end);
+    let address =
+        low_ram_end.checked_sub(size).map(|address| address & !0xfff).filter(|address| *address >= kernel_end);
     let (Some(address), Ok(len)) = (address, usize::try_from(size)) else {
         return Err(KernelError::InitramfsTooLarge { size });
     };

@@ -163,7 +163,9 @@ impl Vcpu {
 
     /// Runs the guest until its next exit; returns why the VM ends, if it does.
     fn run_once(&mut self) -> Option<ExitReason> {
-        let count = |counter: &AtomicU64| drop(counter.fetch_add(1, Ordering::Relaxed));
+        let count = |counter: &AtomicU64| {
+            counter.fetch_add(1, Ordering::Relaxed);
+        };
         let detail = match self.fd.run() {
             Ok(VcpuExit::IoIn(port, data)) => {
                 count(&self.counts.port);
@@ -193,7 +195,9 @@ impl Vcpu {
             Ok(VcpuExit::FailEntry(reason, cpu)) => Some(format!("entry failed on CPU {cpu}, reason {reason:#x}")),
             Ok(VcpuExit::InternalError) => Some("the guest did something that KVM cannot emulate".to_owned()),
             Ok(other) => Some(format!("unexpected exit {other:?}")),
-            Err(error) if matches!(io::Error::from(error).kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {
+            Err(error)
+                if matches!(io::Error::from(error).kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) =>
+            {
                 None
             }
             Err(error) => Some(format!("KVM_RUN: {error}")),

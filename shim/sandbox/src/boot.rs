@@ -63,9 +63,7 @@ impl Sandbox {
         let spawn = start.elapsed();
         let agent = tokio::select! {
             biased;
-            connected = ports.accept_agent() => AgentClient::new(connected.map_err(|source| {
-                BootError::Host { action: "accept the agent's connection", source }
-            })?),
+            Ok(connected) = ports.accept_agent() => AgentClient::new(connected),
             exit = vmm.ended() => {
                 return Err(BootError::Ended { exit: Box::new(exit), elapsed_ms: start.elapsed().as_millis() });
             }

@@ -48,8 +48,10 @@ fn segment(type_: u8, selector: u16) -> kvm_segment {
 /// The ioctl that failed.
 pub fn set_common(vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
     let msr = |index, data| kvm_msr_entry { index, data, ..Default::default() };
-    let entries = [msr(MSR_IA32_MISC_ENABLE, MSR_IA32_MISC_ENABLE_FAST_STRING), msr(MSR_MTRR_DEF_TYPE, MTRR_WRITE_BACK)];
-    let msrs = Msrs::from_entries(&entries).map_err(|_| kvm_ioctls::Error::new(rustix::io::Errno::INVAL.raw_os_error()))?;
+    let entries =
+        [msr(MSR_IA32_MISC_ENABLE, MSR_IA32_MISC_ENABLE_FAST_STRING), msr(MSR_MTRR_DEF_TYPE, MTRR_WRITE_BACK)];
+    let msrs =
+        Msrs::from_entries(&entries).map_err(|_| kvm_ioctls::Error::new(rustix::io::Errno::INVAL.raw_os_error()))?;
     vcpu.set_msrs(&msrs)?;
     let mut lapic = vcpu.get_lapic()?;
     for (offset, delivery) in [(LAPIC_LVT_LINT0, DELIVERY_EXTINT), (LAPIC_LVT_LINT1, DELIVERY_NMI)] {

@@ -14,6 +14,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::virtio::{ActiveQueue, GuestMemory};
 
+/// A ring that claims requests and gives none this many times in a row is broken.
+const MAX_EMPTY_TURNS: u32 = 16;
 /// Length of `fuse_out_header`.
 const OUT_HEADER_LEN: usize = 16;
 
@@ -87,6 +89,7 @@ impl Serving {
     }
 
     fn serve_all(&mut self) -> Result<(), virtio_queue::Error> {
+        let mut empty_turns = 0;
         loop {
             self.queue.queue.disable_notification(&*self.memory)?;
             let mut used_any = false;
@@ -104,8 +107,9 @@ impl Serving {
             if !self.queue.queue.enable_notification(&*self.memory)? {
                 return Ok(());
             }
-            if !used_any {
-                // More is claimed than the ring can hold.
+            // A request may have come just now; that nothing comes again and again means a broken ring.
+            empty_turns = if used_any { 0 } else { empty_turns + 1 };
+            if empty_turns > MAX_EMPTY_TURNS {
                 return Err(virtio_queue::Error::InvalidAvailRingIndex);
             }
             if self.stopping() {

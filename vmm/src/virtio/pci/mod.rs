@@ -108,7 +108,8 @@ impl ConfigPorts {
             return None;
         }
         let slot = usize::try_from(self.address >> 11 & 0x1f).ok()?;
-        let register = usize::try_from(self.address & 0xfc).ok()? + usize::try_from(offset - CONFIG_DATA_OFFSET).ok()?;
+        let register =
+            usize::try_from(self.address & 0xfc).ok()? + usize::try_from(offset - CONFIG_DATA_OFFSET).ok()?;
         Some((slot, register))
     }
 }

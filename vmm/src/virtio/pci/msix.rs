@@ -115,12 +115,8 @@ impl Vectors {
             return Ok(());
         }
         entry.pending = false;
-        let message = kvm_msi {
-            address_lo: entry.word(0),
-            address_hi: entry.word(1),
-            data: entry.word(2),
-            ..Default::default()
-        };
+        let message =
+            kvm_msi { address_lo: entry.word(0), address_hi: entry.word(1), data: entry.word(2), ..Default::default() };
         self.vm.signal_msi(message)?;
         Ok(())
     }

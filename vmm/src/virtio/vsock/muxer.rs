@@ -16,8 +16,7 @@ use super::connection::{Broken, Connection};
 use super::packet::{
     HEADER_LEN, Header, MAX_PAYLOAD_LEN, VIRTIO_VSOCK_OP_CREDIT_REQUEST, VIRTIO_VSOCK_OP_CREDIT_UPDATE,
     VIRTIO_VSOCK_OP_REQUEST, VIRTIO_VSOCK_OP_RESPONSE, VIRTIO_VSOCK_OP_RST, VIRTIO_VSOCK_OP_RW,
-    VIRTIO_VSOCK_OP_SHUTDOWN, VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE, VIRTIO_VSOCK_SHUTDOWN_F_SEND,
-    VIRTIO_VSOCK_TYPE_STREAM,
+    VIRTIO_VSOCK_OP_SHUTDOWN, VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE, VIRTIO_VSOCK_SHUTDOWN_F_SEND, VIRTIO_VSOCK_TYPE_STREAM,
 };
 use crate::event_loop::{EventSet, EventSource, Registry, SharedSource};
 use crate::virtio::{ActivateError, Activation, ActiveQueue, GuestMemory};
@@ -122,7 +121,7 @@ impl Muxer {
     /// Takes every packet that the guest has put out.
     fn take_packets(&mut self) -> Result<(), virtio_queue::Error> {
         let mut used_any = false;
-        loop {
+        {
             self.tx.queue.disable_notification(&*self.memory)?;
             // At most one ring of packets a turn: a guest that never stops must not keep the loop from others.
             for _ in 0..self.tx.queue.size() {
@@ -135,12 +134,10 @@ impl Muxer {
             if !self.tx.queue.enable_notification(&*self.memory)? {
                 return interrupt_if(used_any, &mut self.tx, &self.memory);
             }
-            if used_any {
-                // The rest is taken in the next turn.
-                let _ = self.tx.kick.write(1);
-                return interrupt_if(used_any, &mut self.tx, &self.memory);
-            }
+            // The rest is taken in the next turn.
+            let _ = self.tx.kick.write(1);
         }
+        interrupt_if(used_any, &mut self.tx, &self.memory)
     }
 
     fn take_packet(&mut self, chain: DescriptorChain<Arc<GuestMemory>>) {
@@ -457,7 +454,8 @@ impl Muxer {
                 Err(Broken) => self.reset_connection(ports),
             }
         }
-        if ready.intersects(EventSet::IN | EventSet::HANG_UP | EventSet::ERROR) && self.connections.contains_key(&ports) {
+        if ready.intersects(EventSet::IN | EventSet::HANG_UP | EventSet::ERROR) && self.connections.contains_key(&ports)
+        {
             self.make_readable(ports);
         }
         self.watch(ports);
