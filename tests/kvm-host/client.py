@@ -220,6 +220,8 @@ def main():
     if sys.argv[1] == "--version":
         print(version())
         return 0
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback when ^C comes before the command runs
     command = Command(sys.argv[2:])
     try:
         if not is_current():

@@ -43,7 +43,10 @@ class Session:
                 share(path)
         self.cgroup = new_cgroup()
         self.spawn(request)
-        self.send({"started": self.pid})
+        try:
+            self.send({"started": self.pid})
+        except OSError:
+            return self.kill_all()
         self.serve()
 
     def receive(self, size):
@@ -69,9 +72,14 @@ class Session:
         for fd in range(3):
             reader, writer = (os.dup(slave), os.dup(self.master)) if is_tty[fd] else os.pipe()
             ends.append((reader, writer) if fd == 0 or is_tty[fd] else (writer, reader))
+        joined_reader, joined_writer = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
             exec_command(request, [theirs for theirs, _ in ends], self.cgroup)
+        # Until the command is in its own process group and cgroup, neither a signal nor kill_all would find it.
+        os.close(joined_writer)
+        os.read(joined_reader, 1)
+        os.close(joined_reader)
         for theirs, _ in ends:
             os.close(theirs)
         if slave is not None:
@@ -138,16 +146,16 @@ class Session:
 
 def exec_command(request, fds, cgroup):
     try:
+        for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)  # Python had its own
         os.setsid()
-        write_file(f"{cgroup}/cgroup.procs", "0")
         if any(request["tty"]):
             fcntl.ioctl(fds[request["tty"].index(True)], termios.TIOCSCTTY, 0)
         fds = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in fds]
         for fd in range(3):
             os.dup2(fds[fd], fd)
-        os.closerange(3, 1024)
-        for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)  # Python had its own
+        write_file(f"{cgroup}/cgroup.procs", "0")
+        os.closerange(3, 1024)  # and with it the pipe on which spawn waits
         os.umask(request["umask"])
         os.setgroups(request["groups"])
         os.setresgid(*[request["gid"]] * 3)
@@ -203,7 +211,10 @@ def new_cgroup():
 
 
 def remove_empty_cgroups():
+    """This session's, and those that daemons of ended sessions have left. One of a running session is empty until its command joins."""
     for entry in os.scandir(CGROUP):
+        if entry.name != str(os.getpid()) and os.path.exists(f"/proc/{entry.name}"):
+            continue
         try:
             os.rmdir(entry.path)
         except OSError:
