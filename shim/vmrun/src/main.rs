@@ -6,6 +6,7 @@ mod cli;
 mod control;
 mod exec;
 mod image;
+mod images;
 mod list;
 mod run;
 mod spec;
@@ -49,6 +50,12 @@ fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Exec(args) => exec::exec(&cli.root, args),
         Command::Ps { all, json } => list::ps(&cli.root, all, json),
         Command::Kill { signal, names } => list::kill(&cli.root, &signal, &names),
+        Command::Pull { quiet, plain_http, image } => {
+            images::pull(&cli.data_root, &image, image::OpenOptions { quiet, plain_http, ..Default::default() })
+        }
+        Command::Images { json, quiet } => images::images(&cli.data_root, json, quiet),
+        Command::Rmi { force, images } => images::rmi(&cli.root, &cli.data_root, &images, force),
+        Command::Load { input, quiet } => images::load(&cli.data_root, input, quiet),
         Command::Gc => list::gc(&cli.root, &cli.data_root),
         Command::Check { json } => check::check(json),
         Command::UnpackLayer { compression, target } => image::unpack_child(&compression, &target),

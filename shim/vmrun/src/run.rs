@@ -28,7 +28,7 @@ pub(crate) async fn run(root: &Path, data_root: &Path, args: RunArgs) -> Result<
     if !rustix::process::geteuid().is_root() {
         bail!("vmrun makes mounts and needs root: run it with sudo");
     }
-    let image = image::open(&args.image, data_root)?;
+    let image = image::open(&args.image, data_root, args.open_options())?;
     let name = args.name.clone().unwrap_or_else(generated_name);
     let dir = StateDir::create(root, &name)?;
     let written = WrittenFiles(data_root.join("containers").join(&name));
