@@ -18,8 +18,8 @@ const ALLOWED_EDGES: [(&str, &[&str]); 8] = [
 ];
 
 /// Files that opt in to unsafe code.
-const UNSAFE_FILES: [&str; 4] =
-    ["agent/src/sys.rs", "vmm/src/inherited.rs", "vmm/src/kvm.rs", "vmm/src/probe.rs"];
+const UNSAFE_FILES: [&str; 5] =
+    ["agent/src/sys.rs", "tests/bench/init.rs", "vmm/src/inherited.rs", "vmm/src/kvm.rs", "vmm/src/probe.rs"];
 
 /// Most lines of a source file before its tests.
 const MAX_FILE_LINES: usize = 500;
@@ -109,7 +109,10 @@ fn sources_say_what_they_own_and_stay_small() {
 
 #[test]
 fn unsafe_code_stands_only_where_it_may() {
-    let opted_in = |name: &String| read(name).contains("#![expect(unsafe_code");
+    let opted_in = |name: &String| {
+        let text = read(name);
+        text.contains("#![expect(unsafe_code") || text.contains("#![allow(unsafe_code")
+    };
     let found: Vec<String> = sources().into_iter().filter(opted_in).collect();
     let unexpected: Vec<_> = found.iter().filter(|name| !UNSAFE_FILES.contains(&name.as_str())).collect();
     assert!(unexpected.is_empty(), "{unexpected:?}");
