@@ -20,9 +20,8 @@ run: build
 	  python3 -c "$$(cat tests/hello.py)"
 
 # Unit tests here, stories on KVM.
-test: build
-	cargo test --workspace --exclude tests
-	VMRUN=$(release)/vmrun CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="$(CURDIR)/tests/on-kvm" cargo test -p tests
+test: build lint
+	VMRUN=$(release)/vmrun tests/all
 
 # Counts and ratios, explained in tests/bench/README.md.
 bench:
