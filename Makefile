@@ -21,7 +21,7 @@ run: build
 
 # Unit tests here, stories on KVM.
 test: build lint
-	VMRUN=$(release)/vmrun tests/all
+	tests/run
 
 # Counts and ratios, explained in tests/bench/README.md.
 bench:
