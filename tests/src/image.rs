@@ -38,7 +38,9 @@ impl Layer {
             layer = layer.dir(folder, 0o755);
         }
         layer = layer.file("bin/busybox", &program, 0o755);
-        crate::applets().iter().fold(layer, |layer, name| layer.link(EntryType::Symlink, &format!("bin/{name}"), "busybox"))
+        crate::applets()
+            .iter()
+            .fold(layer, |layer, name| layer.link(EntryType::Symlink, &format!("bin/{name}"), "busybox"))
     }
 
     /// Adds an entry of root's.
@@ -175,7 +177,8 @@ impl Image {
         let config_name = format!("{}.json", digest(&config).trim_start_matches("sha256:"));
         let manifest = json!([{"Config": config_name, "RepoTags": [name], "Layers": names}]);
         let archive = archive.file(&config_name, &config, 0o644);
-        fs::write(path, archive.file("manifest.json", manifest.to_string().as_bytes(), 0o644).bytes()).expect("archive");
+        fs::write(path, archive.file("manifest.json", manifest.to_string().as_bytes(), 0o644).bytes())
+            .expect("archive");
     }
 }
 

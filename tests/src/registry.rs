@@ -54,7 +54,10 @@ impl Registry {
             .spawn()
             .expect("docker-registry is installed: use `make test`");
         let mut lines = BufReader::new(child.stderr.take().expect("piped")).lines();
-        lines.find(|line| line.as_ref().is_ok_and(|line| line.contains("listening on"))).expect("it listens").expect("log");
+        lines
+            .find(|line| line.as_ref().is_ok_and(|line| line.contains("listening on")))
+            .expect("it listens")
+            .expect("log");
         // A full pipe would stop it.
         std::thread::spawn(move || lines.for_each(drop));
         Self { child, address }

@@ -1,6 +1,7 @@
 //! What IMAGE on the command line may be, and what a container takes from it. `vmrun run` calls [`open`].
 
 use std::fs::{self, DirBuilder};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
@@ -64,6 +65,17 @@ pub(crate) struct Image {
     in_use: Vec<UnpackedLayer>,
 }
 
+impl Image {
+    /// Makes the directories of the image's volumes that it has not. A read-only root gets a tmpfs for each in their place.
+    pub(crate) fn make_volumes(&self, tree: &OwnedFd, read_only: bool) -> Result<()> {
+        for path in self.volumes.iter().filter(|_| !read_only) {
+            sandbox::share::make_dirs_in_tree(tree, Path::new(path))
+                .with_context(|| format!("cannot make the image's volume {path}"))?;
+        }
+        Ok(())
+    }
+}
+
 /// When to ask a registry.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq, clap::ValueEnum)]
 pub(crate) enum PullPolicy {
@@ -103,17 +115,17 @@ pub(crate) fn open(name: &str, data_root: &Path, options: OpenOptions) -> Result
 }
 
 fn open_layout(rest: &str) -> Result<ImageSource> {
-    let (dir, tag) = layout::split_tag(rest);
-    Layout::Directory(fs::canonicalize(dir)?).image(tag)
+    let (dir, tag) = layout::split_name(rest);
+    Layout::Directory(fs::canonicalize(dir).with_context(|| format!("cannot open {}", dir.display()))?).image(tag)
 }
 
 fn open_oci_archive(rest: &str, data_root: &Path) -> Result<ImageSource> {
-    let (path, tag) = layout::split_tag(rest);
+    let (path, tag) = layout::split_name(rest);
     Layout::Archive(ArchiveFile::open(path, &temporary(data_root)?)?).image(tag)
 }
 
 fn open_docker_archive(rest: &str, data_root: &Path) -> Result<ImageSource> {
-    let (path, name) = split_name(rest);
+    let (path, name) = layout::split_name(rest);
     let archive = ArchiveFile::open(path, &temporary(data_root)?)?;
     docker_archive::source(&archive, docker_archive::select(&docker_archive::images(&archive)?, name)?)
 }
@@ -270,14 +282,4 @@ fn open_rootfs(dir: &Path) -> Result<Image> {
         bail!("{} is not a directory", dir.display());
     }
     Ok(Image { layers: vec![dir], layer_dir: PathBuf::from("/"), cmd: vec!["/bin/sh".to_owned()], ..Image::default() })
-}
-
-/// Splits `FILE[:REFERENCE]`, where both may have colons and slashes: the file is the longest part that exists.
-fn split_name(text: &str) -> (&Path, Option<&str>) {
-    if Path::new(text).exists() {
-        return (Path::new(text), None);
-    }
-    let split = text.char_indices().filter(|(_, c)| *c == ':').map(|(at, _)| (&text[..at], &text[at + 1..]));
-    let found = split.rev().find(|(path, _)| Path::new(path).exists());
-    found.map_or((Path::new(text), None), |(path, name)| (Path::new(path), Some(name)))
 }

@@ -50,6 +50,7 @@ pub(crate) async fn run(root: &Path, data_root: &Path, args: RunArgs) -> Result<
             Rootfs::Layers { lower: image.layers.clone(), layer_dir: image.layer_dir.clone(), writable }
         };
         let tree = share::rootfs_tree(rootfs, &dir.scratch())?;
+        image.make_volumes(&tree, args.read_only)?;
         let user = user::resolve(
             &tree,
             args.user.as_deref().or(image.user.as_deref()).filter(|u| !u.is_empty()).unwrap_or("0"),

@@ -191,10 +191,15 @@ pub(super) fn select_platform<'a>(manifests: impl IntoIterator<Item = &'a Descri
     bail!("the image is not there for linux/amd64; it has: {}", others.join(", "))
 }
 
-/// Splits `PATH[:TAG]` where a tag has no slash.
-pub(super) fn split_tag(text: &str) -> (&Path, Option<&str>) {
-    match text.rsplit_once(':') {
-        Some((path, tag)) if !tag.contains('/') && !tag.is_empty() => (Path::new(path), Some(tag)),
-        _ => (Path::new(text), None),
+/// Splits `PATH[:NAME]`, where both may have colons and slashes: the path is the longest part that exists.
+pub(super) fn split_name(text: &str) -> (&Path, Option<&str>) {
+    if Path::new(text).exists() {
+        return (Path::new(text), None);
     }
+    let split = text.char_indices().filter(|(_, c)| *c == ':').map(|(at, _)| (&text[..at], &text[at + 1..]));
+    let found = split.rev().find(|(path, _)| Path::new(path).exists());
+    found.map_or((Path::new(text), None), |(path, name)| (Path::new(path), Some(name)))
 }
+
+#[cfg(test)]
+mod tests;
