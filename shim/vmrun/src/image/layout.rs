@@ -72,7 +72,7 @@ impl Layout {
     /// The image of a descriptor: a manifest, or an index of manifests for several platforms.
     pub(super) fn resolve(&self, descriptor: &Descriptor, depth: usize) -> Result<ImageSource> {
         let bytes = self.document(descriptor)?;
-        match document_kind(&descriptor.media_type().to_string(), &bytes)? {
+        match document_kind(descriptor.media_type().as_ref(), &bytes)? {
             DocumentKind::Index if depth < MAX_INDEX_DEPTH => {
                 let index: ImageIndex = serde_json::from_slice(&bytes).context("bad image index")?;
                 self.resolve(select_platform(index.manifests())?, depth + 1)
@@ -90,7 +90,7 @@ impl Layout {
         let mut layers = Vec::new();
         for (layer, diff_id) in manifest.layers().iter().zip(config.rootfs().diff_ids()) {
             let digest = Digest::parse(layer.digest().as_ref())?;
-            let compression = Compression::of_media_type(&layer.media_type().to_string())?;
+            let compression = Compression::of_media_type(layer.media_type().as_ref())?;
             let content = self.blob(&digest)?;
             layers.push(Layer { digest: Some(digest), diff_id: Digest::parse(diff_id)?, compression, content });
         }

@@ -86,7 +86,7 @@ impl<'a> Puller<'a> {
         let (DocumentKind::Manifest, media_type) = kind_of(&bytes)? else { bail!("indices are nested") };
         let manifest: ImageManifest = serde_json::from_slice(&bytes).context("bad manifest")?;
         for layer in manifest.layers() {
-            Compression::of_media_type(&layer.media_type().to_string())?;
+            Compression::of_media_type(layer.media_type().as_ref())?;
         }
         // The configuration says whether it is worth to fetch the layers.
         self.blob(manifest.config()).await?;
@@ -167,7 +167,7 @@ fn kind_of(bytes: &[u8]) -> Result<(DocumentKind, MediaType)> {
     let head: Head = serde_json::from_slice(bytes).context("the registry's answer is not a manifest")?;
     let assumed = if head.manifests.is_some() { MediaType::ImageIndex } else { MediaType::ImageManifest };
     let media_type = head.media_type.map_or(assumed, |text| MediaType::from(text.as_str()));
-    Ok((layout::document_kind(&media_type.to_string(), bytes)?, media_type))
+    Ok((layout::document_kind(media_type.as_ref(), bytes)?, media_type))
 }
 
 /// What went wrong with a registry, and what to do.

@@ -76,9 +76,9 @@ fn docker_archives_name_their_images() {
     let found = docker_archive::select(&images, Some("docker.io/library/debian:12")).expect("found");
     let refusal = docker_archive::source(&archive, found).err().expect("one layer is missing");
     assert!(format!("{refusal:#}").contains("names 0 layers"), "{refusal:#}");
-    let refusal = docker_archive::select(&images, Some("other")).err().expect("refused");
+    let refusal = docker_archive::select(&images, Some("other")).expect_err("refused");
     assert!(format!("{refusal:#}").contains("debian:12, me/tool:1"), "{refusal:#}");
-    docker_archive::select(&images, None).err().expect("there are two");
+    docker_archive::select(&images, None).expect_err("there are two");
 }
 
 proptest! {

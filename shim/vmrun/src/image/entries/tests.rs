@@ -237,8 +237,8 @@ fn long_names_and_extended_headers_are_read() {
     let target = Target::new();
     let long = format!("{}/{}", "d".repeat(150), "f".repeat(150));
     let mut builder = Builder::new(Vec::new());
-    let mut header = header(&file("", b""));
-    builder.append_data(&mut header, &long, &b""[..]).expect("gnu long name");
+    let (mut long_header, short_header) = (header(&file("", b"")), header(&file("short", b"")));
+    builder.append_data(&mut long_header, &long, &b""[..]).expect("gnu long name");
     let capability: &[u8] = &[1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     let extensions: [(&str, &[u8]); 4] = [
         ("path", b"named/in/pax"),
@@ -247,8 +247,7 @@ fn long_names_and_extended_headers_are_read() {
         ("SCHILY.xattr.trusted.overlay.opaque", b"y"),
     ];
     builder.append_pax_extensions(extensions).expect("pax");
-    let short = file("short", b"");
-    builder.append(&super::tests::header(&short), &b""[..]).expect("entry");
+    builder.append(&short_header, &b""[..]).expect("entry");
     target.unpack_bytes(&builder.into_inner().expect("finished")).expect("unpacked");
     assert!(target.path(&long).exists());
     let named = target.path("named/in/pax");
