@@ -197,6 +197,11 @@ impl Sandbox {
         self.vmm.ended().await
     }
 
+    /// Ends the VMM at once, whatever it and its guest do.
+    pub async fn kill(&self) {
+        self.vmm.kill().await;
+    }
+
     /// Asks the guest to write back and reset, then ends the VMM, in at most two seconds.
     pub async fn stop(&self) {
         self.agent.shutdown().await;

@@ -146,9 +146,14 @@ impl VmmProcess {
             let _ = self.requests.lock().await.write_all(&line).await;
         }
         if tokio::time::timeout(END_DEADLINE, self.ended()).await.is_err() {
-            self.killer.notify_one();
-            self.ended().await;
+            self.kill().await;
         }
+    }
+
+    /// Kills the process and waits until it is gone.
+    pub(crate) async fn kill(&self) {
+        self.killer.notify_one();
+        self.ended().await;
     }
 }
 
