@@ -130,7 +130,7 @@ impl Machine {
         }
         for share in &config.shares {
             let root = take("a share", share.root)?;
-            pci.add(share_device(&share.tag, Fs::new(&share.tag, root, share.cache))?)?;
+            pci.add(share_device(&share.tag, Fs::open(&share.tag, root, share.cache, config.vcpus))?)?;
         }
         let tail = ConsoleTail::default();
         let console = config.console.map(|fd| take("the console", fd)).transpose()?.map(File::from);

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
 use clap::Parser;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use vmm::control::report_exit;
 use vmm::inherited::InheritedFds;
 use vmm::machine::Machine;
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
 }
 
 fn run(config_fd: i32) -> Result<u8> {
+    raise_descriptor_limit().context("cannot raise the limit of open files")?;
     let mut fds = InheritedFds::default();
     let config = File::from(fds.take(Fd(config_fd)).context("--config-fd is not an open descriptor")?);
     let config: VmConfig = serde_json::from_reader(config).context("cannot read the configuration")?;
@@ -53,4 +55,11 @@ fn run(config_fd: i32) -> Result<u8> {
     let code = exit.reason.code();
     report_exit(&control, exit);
     Ok(code)
+}
+
+/// Shares hold a descriptor for each inode that the guest knows; the soft limit is made for programs that use select(2).
+fn raise_descriptor_limit() -> std::io::Result<()> {
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })?;
+    Ok(())
 }
