@@ -45,6 +45,7 @@ fn run(config_fd: i32) -> Result<u8> {
     let control = fds.take(config.control).context("the control socket is not an open descriptor")?;
     let control = UnixStream::from(control);
     control.set_nonblocking(true)?;
+    report_panics(control.try_clone()?);
     let exit = match Machine::build(&config, &mut fds) {
         Ok(machine) => machine.run(&control).context("cannot run the VM")?,
         Err(error) => {
@@ -55,6 +56,16 @@ fn run(config_fd: i32) -> Result<u8> {
     let code = exit.reason.code();
     report_exit(&control, exit);
     Ok(code)
+}
+
+/// A panic is a fault of ours: the owner learns of it before the process aborts.
+fn report_panics(control: UnixStream) {
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let detail = format!("this is a bug in vmm: {panic}");
+        report_exit(&control, Exit { reason: ExitReason::VmmError { detail }, console_tail: String::new() });
+        print(panic);
+    }));
 }
 
 /// Shares hold a descriptor for each inode that the guest knows; the soft limit is made for programs that use select(2).
