@@ -10,6 +10,7 @@ use std::process::{Command, Output, Stdio};
 use tempfile::TempDir;
 
 pub mod image;
+pub mod python;
 pub mod registry;
 
 /// One story: folders and a root file system, removed at its end, when nothing else of its containers may be left.
