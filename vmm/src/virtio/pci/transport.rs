@@ -5,13 +5,12 @@
 
 use std::sync::Arc;
 
-use kvm_ioctls::VmFd;
 use virtio_queue::{Queue, QueueT as _};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::WINDOW_LEN;
 use super::config_space::ConfigSpace;
-use super::msix::{MsixTable, VIRTIO_MSI_NO_VECTOR};
+use super::msix::{MessageTarget, MsixTable, VIRTIO_MSI_NO_VECTOR};
 use crate::bus::BusDevice;
 use crate::virtio::{Activation, ActiveQueue, GuestMemory, VirtioDevice};
 
@@ -93,7 +92,7 @@ impl Transport {
         device: Box<dyn VirtioDevice>,
         kicks: Vec<EventFd>,
         window: u64,
-        vm: Arc<VmFd>,
+        messages: MessageTarget,
         memory: Arc<GuestMemory>,
     ) -> Self {
         let vectors = kicks.len() + 1;
@@ -111,7 +110,7 @@ impl Transport {
         let msix_capability = config_space.add_capability(CAPABILITY_MSIX, &msix_capability(vectors));
         config_space.set_writable(msix_capability + 2, &(MSIX_ENABLE | MSIX_FUNCTION_MASK).to_le_bytes());
         let registers = Registers::reset(&*device);
-        let msix = MsixTable::new(vectors, vm);
+        let msix = MsixTable::new(vectors, messages);
         Self { device, config_space, msix_capability, msix, memory, kicks, registers, unplugged: false }
     }
 
@@ -394,3 +393,6 @@ fn set_low(value: &mut u64, half: u32) {
 fn set_high(value: &mut u64, half: u32) {
     *value = u64::from(low(*value)) | u64::from(half) << 32;
 }
+
+#[cfg(test)]
+mod tests;

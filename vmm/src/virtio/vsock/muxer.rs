@@ -442,3 +442,6 @@ fn interrupt_if(used_any: bool, queue: &mut ActiveQueue, memory: &GuestMemory) -
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;
