@@ -8,6 +8,7 @@ mod exec;
 mod image;
 mod list;
 mod run;
+mod seccomp;
 mod spec;
 mod stdio;
 mod user;
