@@ -1,10 +1,10 @@
-# The one door to the project: `make run`, `make test`. Each target installs what it needs.
+# The one door to the project: `make run`, `make test`, `make bench`. Each target installs what it needs.
 target := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 release := $(target)/release
 static := $(target)/static/x86_64-unknown-linux-gnu/release
 static_env := RUSTFLAGS="-C target-feature=+crt-static" LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=/usr/lib/x86_64-linux-gnu LIBCAPNG_LINK_TYPE=static LIBCAPNG_LIB_PATH=/usr/lib/x86_64-linux-gnu
 
-.PHONY: build run test lint clean
+.PHONY: build run test bench lint clean
 
 # vmrun with the three files that it looks for beside itself.
 build: packages
@@ -20,9 +20,12 @@ run: build
 	  python3 -c "$$(cat tests/hello.py)"
 
 # Unit tests here, stories on KVM.
-test: build
-	cargo test --workspace --exclude tests
-	VMRUN=$(release)/vmrun CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="$(CURDIR)/tests/on-kvm" cargo test -p tests
+test: build lint
+	tests/run
+
+# Counts and ratios, explained in tests/bench/README.md.
+bench:
+	tests/bench/kernel-boot
 
 lint:
 	cargo fmt --check

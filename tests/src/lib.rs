@@ -9,6 +9,8 @@ use std::process::{Command, Output, Stdio};
 
 use tempfile::TempDir;
 
+pub mod python;
+
 /// One story: folders and a root file system, removed at its end, when nothing else of its containers may be left.
 pub struct Story {
     dir: TempDir,
@@ -40,7 +42,9 @@ impl Story {
         fs::write(rootfs.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/:/bin/sh\n")
             .expect("passwd");
         fs::write(rootfs.join("etc/group"), "root:x:0:\nuser:x:1000:\n").expect("group");
-        fs::create_dir(dir.path().join("volume")).expect("a volume");
+        for folder in ["volume", "scratch"] {
+            fs::create_dir(dir.path().join(folder)).expect("a folder of the story");
+        }
         Self { dir }
     }
 
@@ -50,10 +54,22 @@ impl Story {
         self.dir.path().join("volume")
     }
 
+    /// The root file system.
+    #[must_use]
+    pub fn rootfs(&self) -> PathBuf {
+        self.dir.path().join("rootfs")
+    }
+
+    /// An empty folder to mount on.
+    #[must_use]
+    pub fn scratch(&self) -> PathBuf {
+        self.dir.path().join("scratch")
+    }
+
     /// The image of this story's root file system.
     #[must_use]
     pub fn image(&self) -> String {
-        format!("rootfs:{}", self.dir.path().join("rootfs").display())
+        format!("rootfs:{}", self.rootfs().display())
     }
 
     /// `vmrun` with this story's folders and these arguments.

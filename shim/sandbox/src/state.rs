@@ -1,10 +1,15 @@
-//! What stands on disk about a sandbox: one folder per container under the state root, removed as a whole.
+//! What stands on disk about a container: one folder each under the state root, removed as a whole.
 //!
 //! ```text
+//!   ROOT/                    locked while a name is taken or given back, so that each step is one for everybody else
 //!   ROOT/NAME/state.json     written by rename, before the step that it describes
-//!   ROOT/NAME/lock           locked by the process that owns the sandbox for as long as it lives
+//!   ROOT/NAME/lock           locked by the process that owns the container for as long as it lives
 //!   ROOT/NAME/control.sock   answered by that process
 //!   ROOT/NAME/scratch        mount point inside private mount namespaces; always empty on the host
+//!
+//!   Creating ─► Running ◄─► Paused        owner lives
+//!       └──────────┴──────────┴─► Exited  stays until `rm`
+//!   any but Exited, owner gone: an orphan, for `gc`
 //! ```
 
 use std::fs::{self, DirBuilder, File};
@@ -25,13 +30,24 @@ pub struct State {
     pub image: String,
     /// The command as it runs.
     pub command: Vec<String>,
-    /// Seconds since the epoch.
-    pub created_at: u64,
+    /// Milliseconds since the epoch.
+    pub created_at_ms: u64,
+    /// When the command was started.
+    pub started_at_ms: Option<u64>,
+    /// When the command had ended.
+    pub finished_at_ms: Option<u64>,
     /// The process that owns the sandbox.
     pub owner_pid: u32,
     /// The VMM, once it runs.
     pub vmm_pid: Option<u32>,
+    /// Folder of what the container writes and of its log.
+    pub data_dir: PathBuf,
+    /// Whether it is removed when it exits.
+    pub auto_remove: bool,
+    /// Why it ended, when its command alone does not say.
+    pub error: Option<String>,
     /// Where it is in its life.
+    #[serde(flatten)]
     pub status: Status,
 }
 
@@ -43,11 +59,23 @@ pub enum Status {
     Creating,
     /// The command runs.
     Running,
+    /// The command is frozen.
+    Paused,
     /// The command has ended.
     Exited {
         /// Its exit status.
         exit_code: u8,
+        /// The guest's kernel killed it for its memory.
+        oom_killed: bool,
     },
+}
+
+impl Status {
+    /// Whether the container is over.
+    #[must_use]
+    pub fn is_exited(self) -> bool {
+        matches!(self, Self::Exited { .. })
+    }
 }
 
 /// Why a state folder cannot be used.
@@ -71,6 +99,12 @@ pub enum StateError {
         /// The name.
         name: String,
     },
+    /// A container that runs cannot be removed.
+    #[error("container {name} is running: stop it first, or use `vmrun rm -f {name}`")]
+    Owned {
+        /// The name.
+        name: String,
+    },
     /// The disk said no.
     #[error("cannot use the state folder {}", path.display())]
     Io {
@@ -81,6 +115,13 @@ pub enum StateError {
     },
 }
 
+impl StateError {
+    fn io(path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io { path, source }
+    }
+}
+
 /// The folder of a container that this process owns; [`StateDir::remove`] ends it.
 pub struct StateDir {
     path: PathBuf,
@@ -88,29 +129,33 @@ pub struct StateDir {
 }
 
 impl StateDir {
-    /// Makes the folder of a new container and locks it.
+    /// Takes the name of a new container: makes its folder, locks it and writes its first state.
     ///
     /// # Errors
-    /// Each variant of [`StateError`] but `NotFound`.
-    pub fn create(root: &Path, name: &str) -> Result<Self, StateError> {
-        check_name(name)?;
-        let path = root.join(name);
-        let io_error = |source| StateError::Io { path: path.clone(), source };
-        DirBuilder::new().recursive(true).mode(0o700).create(root).map_err(io_error)?;
+    /// [`StateError::InvalidName`], [`StateError::NameInUse`] and [`StateError::Io`].
+    pub fn create(root: &Path, state: &State) -> Result<Self, StateError> {
+        check_name(&state.name)?;
+        DirBuilder::new().recursive(true).mode(0o700).create(root).map_err(StateError::io(root))?;
+        let _root_lock = lock_root(root)?;
+        let path = root.join(&state.name);
         match DirBuilder::new().mode(0o700).create(&path) {
-            Err(source) if source.kind() == io::ErrorKind::AlreadyExists && is_orphan(&path) => {
-                fs::remove_dir_all(&path).map_err(io_error)?;
-                DirBuilder::new().mode(0o700).create(&path).map_err(io_error)?;
-            }
             Err(source) if source.kind() == io::ErrorKind::AlreadyExists => {
-                return Err(StateError::NameInUse { name: name.to_owned() });
+                if !is_orphan(&path) {
+                    return Err(StateError::NameInUse { name: state.name.clone() });
+                }
+                fs::remove_dir_all(&path).map_err(StateError::io(&path))?;
+                DirBuilder::new().mode(0o700).create(&path).map_err(StateError::io(&path))?;
             }
-            created => created.map_err(io_error)?,
+            created => created.map_err(StateError::io(&path))?,
         }
-        let lock = File::create(path.join("lock")).map_err(io_error)?;
-        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|e| io_error(e.into()))?;
-        fs::create_dir(path.join("scratch")).map_err(io_error)?;
-        Ok(Self { path, _lock: lock })
+        let lock = File::create(path.join("lock")).map_err(StateError::io(&path))?;
+        // Others hold this lock for a moment at most, to see whether it is free.
+        let locked = rustix::fs::flock(&lock, FlockOperation::LockExclusive);
+        locked.map_err(|error| StateError::Io { path: path.clone(), source: error.into() })?;
+        let dir = Self { path, _lock: lock };
+        fs::create_dir(dir.scratch()).map_err(StateError::io(&dir.path))?;
+        dir.write(state)?;
+        Ok(dir)
     }
 
     /// The folder.
@@ -136,24 +181,76 @@ impl StateDir {
             file.write_all(&serde_json::to_vec_pretty(state)?)?;
             fs::rename(&temporary, &target)
         };
-        write().map_err(|source| StateError::Io { path: target.clone(), source })
+        write().map_err(StateError::io(&target))
     }
 
     /// Removes the folder.
     ///
     /// # Errors
     /// [`StateError::Io`].
-    pub fn remove(self) -> Result<(), StateError> {
-        fs::remove_dir_all(&self.path).map_err(|source| StateError::Io { path: self.path.clone(), source })
+    pub fn remove(&self) -> Result<(), StateError> {
+        let _root_lock = lock_root(self.path.parent().unwrap_or(Path::new("/")))?;
+        fs::remove_dir_all(&self.path).map_err(StateError::io(&self.path))
     }
 }
 
-/// A folder whose owner died before the container ended, or ended without removing it while nothing keeps it.
+/// Held for a few system calls at a time, so nobody waits long.
+fn lock_root(root: &Path) -> Result<File, StateError> {
+    let dir = File::open(root).map_err(StateError::io(root))?;
+    rustix::fs::flock(&dir, FlockOperation::LockExclusive).map_err(|e| StateError::io(root)(e.into()))?;
+    Ok(dir)
+}
+
+/// Whether nobody owns the container in this folder. The root must be locked, or the answer may be old at once.
+fn owner_is_gone(path: &Path) -> bool {
+    // A folder without a lock was left by a process that was killed while it made the folder.
+    let Ok(lock) = File::open(path.join("lock")) else { return true };
+    rustix::fs::flock(&lock, FlockOperation::NonBlockingLockShared).is_ok()
+}
+
+/// A folder whose owner died before the container ended.
+fn is_orphan(path: &Path) -> bool {
+    owner_is_gone(path) && !read_dir(path).is_ok_and(|state| state.status.is_exited())
+}
+
+/// Names of the containers whose owner was killed.
+///
+/// # Errors
+/// [`StateError::Io`].
+pub fn orphans(root: &Path) -> Result<Vec<String>, StateError> {
+    let Some(entries) = entries(root)? else { return Ok(Vec::new()) };
+    let _root_lock = lock_root(root)?;
+    let name = |path: &PathBuf| path.file_name().map(|name| name.to_string_lossy().into_owned());
+    Ok(entries.iter().filter(|path| is_orphan(path)).filter_map(name).collect())
+}
+
+/// Gives back the name of a container that has exited, or whose owner is gone; returns what was known of it.
+///
+/// # Errors
+/// [`StateError::NotFound`], [`StateError::Owned`], [`StateError::InvalidName`] and [`StateError::Io`].
+pub fn remove(root: &Path, name: &str) -> Result<Option<State>, StateError> {
+    check_name(name)?;
+    let not_found = || StateError::NotFound { name: name.to_owned() };
+    let path = root.join(name);
+    if !path.exists() {
+        return Err(not_found());
+    }
+    let _root_lock = lock_root(root)?;
+    let state = read_dir(&path).ok();
+    // An owner writes `Exited` as its last act on this folder, so it need not be gone by then.
+    if !state.as_ref().is_some_and(|state| state.status.is_exited()) && !owner_is_gone(&path) {
+        return Err(StateError::Owned { name: name.to_owned() });
+    }
+    match fs::remove_dir_all(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(not_found()),
+        removed => removed.map(|()| state).map_err(StateError::io(&path)),
+    }
+}
+
+/// Whether the process that owns a container still lives.
 #[must_use]
-pub fn is_orphan(path: &Path) -> bool {
-    let Ok(lock) = File::open(path.join("lock")) else { return false };
-    let owner_is_gone = rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok();
-    owner_is_gone && !matches!(read_dir(path), Ok(State { status: Status::Exited { .. }, .. }))
+pub fn is_owned(root: &Path, name: &str) -> bool {
+    !owner_is_gone(&root.join(name))
 }
 
 /// Reads the state of one container.
@@ -174,13 +271,20 @@ pub fn read(root: &Path, name: &str) -> Result<State, StateError> {
 /// # Errors
 /// [`StateError::Io`] when the root cannot be read; a root that does not exist is empty.
 pub fn list(root: &Path) -> Result<Vec<State>, StateError> {
-    let entries = match fs::read_dir(root) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        other => other.map_err(|source| StateError::Io { path: root.to_owned(), source })?,
-    };
-    let mut states: Vec<State> = entries.flatten().filter_map(|entry| read_dir(&entry.path()).ok()).collect();
+    let entries = entries(root)?.unwrap_or_default();
+    let mut states: Vec<State> = entries.iter().filter_map(|path| read_dir(path).ok()).collect();
     states.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(states)
+}
+
+fn entries(root: &Path) -> Result<Option<Vec<PathBuf>>, StateError> {
+    match fs::read_dir(root) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        other => {
+            let entries = other.map_err(StateError::io(root))?;
+            Ok(Some(entries.flatten().map(|entry| entry.path()).filter(|path| path.is_dir()).collect()))
+        }
+    }
 }
 
 fn read_dir(path: &Path) -> io::Result<State> {
@@ -197,51 +301,4 @@ fn check_name(name: &str) -> Result<(), StateError> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::{State, StateDir, StateError, Status, list, read};
-
-    fn state(name: &str) -> State {
-        State {
-            name: name.to_owned(),
-            image: "rootfs:/srv".to_owned(),
-            command: vec!["true".to_owned()],
-            created_at: 1,
-            owner_pid: 1,
-            vmm_pid: None,
-            status: Status::Creating,
-        }
-    }
-
-    #[test]
-    fn a_state_is_read_as_it_was_written() {
-        let root = tempfile::tempdir().expect("temporary directory");
-        let dir = StateDir::create(root.path(), "one").expect("create");
-        dir.write(&state("one")).expect("write");
-        assert_eq!(read(root.path(), "one").expect("read"), state("one"));
-        assert_eq!(list(root.path()).expect("list"), [state("one")]);
-    }
-
-    #[test]
-    fn a_name_is_taken_while_its_owner_lives() {
-        let root = tempfile::tempdir().expect("temporary directory");
-        let _dir = StateDir::create(root.path(), "one").expect("create");
-        let error = StateDir::create(root.path(), "one").err().expect("refused");
-        assert!(matches!(error, StateError::NameInUse { .. }), "{error}");
-    }
-
-    #[test]
-    fn the_folder_of_a_dead_owner_is_replaced() {
-        let root = tempfile::tempdir().expect("temporary directory");
-        drop(StateDir::create(root.path(), "one").expect("create"));
-        StateDir::create(root.path(), "one").expect("the name is free again");
-    }
-
-    #[test]
-    fn names_cannot_leave_the_root() {
-        let root = tempfile::tempdir().expect("temporary directory");
-        for name in ["..", "a/b", "", "-rf", "a\nb"] {
-            let error = StateDir::create(root.path(), name).err().expect("refused");
-            assert!(matches!(error, StateError::InvalidName { .. }), "{name:?}: {error}");
-        }
-    }
-}
+mod tests;

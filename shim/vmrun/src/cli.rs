@@ -1,8 +1,11 @@
 //! The command line: Docker's names where Docker has them.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+
+use crate::log::Limits;
 
 /// Run OCI containers, each in its own microVM.
 #[derive(Debug, Parser)]
@@ -17,6 +20,9 @@ pub(crate) struct Cli {
     /// What to log on standard error: error, warn, info, debug or trace.
     #[arg(long, global = true, default_value = "warn", value_name = "LEVEL")]
     pub(crate) log_level: String,
+    /// Be the supervisor of a detached container: a step of `run --detach`.
+    #[arg(long, hide = true)]
+    pub(crate) supervise: bool,
     #[command(subcommand)]
     pub(crate) command: Command,
 }
@@ -29,23 +35,46 @@ pub(crate) enum Command {
     /// Run another command in a running container.
     Exec(ExecArgs),
     /// List containers.
-    Ps {
-        /// Also those that have exited.
-        #[arg(short, long)]
-        all: bool,
-        /// Print a JSON array.
-        #[arg(long)]
-        json: bool,
-    },
-    /// Send a signal to the command of a container.
+    Ps(PsArgs),
+    /// Print what a container wrote.
+    Logs(LogsArgs),
+    /// Print everything known about containers, as JSON.
+    Inspect(NamesArgs),
+    /// Send a signal to the command of containers.
     Kill {
         /// Name or number of the signal.
         #[arg(short, long, default_value = "KILL")]
         signal: String,
-        /// Names of containers.
-        #[arg(required = true)]
-        names: Vec<String>,
+        #[command(flatten)]
+        containers: NamesArgs,
     },
+    /// Ask the command of containers to end, and kill it when it does not.
+    Stop {
+        /// Seconds until it is killed.
+        #[arg(short = 't', long = "timeout", alias = "time", default_value_t = 10, value_name = "SECONDS")]
+        patience_s: u64,
+        /// Signal that asks, instead of the container's own.
+        #[arg(short, long)]
+        signal: Option<String>,
+        #[command(flatten)]
+        containers: NamesArgs,
+    },
+    /// Wait for containers to exit, and print their exit statuses.
+    Wait(NamesArgs),
+    /// Freeze every process of containers.
+    Pause(NamesArgs),
+    /// Let paused containers go on.
+    Unpause(NamesArgs),
+    /// Remove containers that have exited.
+    Rm {
+        /// Also containers that run; they are killed.
+        #[arg(short, long)]
+        force: bool,
+        #[command(flatten)]
+        containers: NamesArgs,
+    },
+    /// Show what containers use.
+    Stats(StatsArgs),
     /// Remove what containers left whose owner was killed.
     Gc,
     /// Say whether this host can run microVMs, line by line.
@@ -82,6 +111,9 @@ pub(crate) struct RunArgs {
     /// Give the command a terminal.
     #[arg(short, long)]
     pub(crate) tty: bool,
+    /// Run in the background, and print the container's name.
+    #[arg(short, long)]
+    pub(crate) detach: bool,
     /// Remove the container when it exits.
     #[arg(long)]
     pub(crate) rm: bool,
@@ -142,6 +174,21 @@ pub(crate) struct RunArgs {
     /// Set a resource limit, as nofile=1024:2048.
     #[arg(long, value_name = "TYPE=SOFT[:HARD]")]
     pub(crate) ulimit: Vec<String>,
+    /// Kill the command after this time, as 90s or 1h30m; the exit status is then 124.
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    pub(crate) timeout: Option<Duration>,
+    /// Signal that `stop` sends, instead of the image's.
+    #[arg(long, value_name = "SIGNAL")]
+    pub(crate) stop_signal: Option<String>,
+    /// Seconds that `stop` waits when it is the supervisor that is stopped.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    pub(crate) stop_timeout: u64,
+    /// Where output is kept for `logs`: json-file or none.
+    #[arg(long, value_name = "DRIVER", default_value = "json-file", value_parser = ["json-file", "none"])]
+    pub(crate) log_driver: String,
+    /// Limit of the log: max-size=SIZE or max-file=COUNT.
+    #[arg(long, value_name = "NAME=VALUE")]
+    pub(crate) log_opt: Vec<String>,
     /// Print the stages of the start with their times on standard error.
     #[arg(long)]
     pub(crate) timing: bool,
@@ -158,26 +205,123 @@ pub(crate) struct RunArgs {
 /// What to run in which container.
 #[derive(Args, Debug)]
 pub(crate) struct ExecArgs {
+    /// Run in the background.
+    #[arg(short, long)]
+    pub(crate) detach: bool,
     /// Keep standard input open.
     #[arg(short, long)]
     pub(crate) interactive: bool,
     /// Give the command a terminal.
     #[arg(short, long)]
     pub(crate) tty: bool,
-    /// Set an environment variable.
-    #[arg(short, long, value_name = "NAME=VALUE")]
+    /// Set an environment variable; without a value, pass ours on.
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
     pub(crate) env: Vec<String>,
     /// Working directory of the command.
     #[arg(short, long, value_name = "DIR")]
     pub(crate) workdir: Option<String>,
-    /// User of the command, in numbers.
-    #[arg(short, long, value_name = "UID[:GID]")]
+    /// User of the command: name or number in the container, and group.
+    #[arg(short, long, value_name = "USER[:GROUP]")]
     pub(crate) user: Option<String>,
     /// Name of the container.
     pub(crate) name: String,
     /// The command and its arguments.
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) command: Vec<String>,
+}
+
+/// Which containers.
+#[derive(Args, Debug)]
+pub(crate) struct NamesArgs {
+    /// Names of containers.
+    #[arg(required = true, value_name = "NAME")]
+    pub(crate) names: Vec<String>,
+}
+
+/// What to list.
+#[derive(Args, Debug)]
+pub(crate) struct PsArgs {
+    /// Also those that have exited.
+    #[arg(short, long)]
+    pub(crate) all: bool,
+    /// Print names only.
+    #[arg(short, long, conflicts_with = "json")]
+    pub(crate) quiet: bool,
+    /// Print a JSON array.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Which part of a log.
+#[derive(Args, Debug)]
+pub(crate) struct LogsArgs {
+    /// Go on with what comes, until the container exits.
+    #[arg(short, long)]
+    pub(crate) follow: bool,
+    /// Only the last lines: a number, or all.
+    #[arg(short = 'n', long, default_value = "all", value_name = "COUNT", value_parser = parse_tail)]
+    pub(crate) tail: Tail,
+    /// Print the time before each line.
+    #[arg(short, long)]
+    pub(crate) timestamps: bool,
+    /// Only lines since a time (2026-01-31T12:00:00Z) or for a duration (10m).
+    #[arg(long, value_name = "TIME")]
+    pub(crate) since: Option<String>,
+    /// Name of the container.
+    pub(crate) name: String,
+}
+
+/// What to show of what is used.
+#[derive(Args, Debug)]
+pub(crate) struct StatsArgs {
+    /// Print once and end.
+    #[arg(long)]
+    pub(crate) no_stream: bool,
+    /// Print JSON arrays, one a line.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Names of containers, or all that run.
+    #[arg(value_name = "NAME")]
+    pub(crate) names: Vec<String>,
+}
+
+/// How many lines of a log.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Tail {
+    All,
+    Last(usize),
+}
+
+impl RunArgs {
+    /// What the log keeps, if there is one.
+    pub(crate) fn log_limits(&self) -> anyhow::Result<Option<Limits>> {
+        let mut limits = Limits::default();
+        for option in &self.log_opt {
+            match option.split_once('=') {
+                Some(("max-size", size)) => limits.max_size = parse_bytes(size).map_err(anyhow::Error::msg)?,
+                Some(("max-file", count)) if count.parse().is_ok_and(|count: u32| count > 0) => {
+                    limits.max_file = count.parse()?;
+                }
+                _ => anyhow::bail!("--log-opt {option:?} is not max-size=SIZE or max-file=COUNT"),
+            }
+        }
+        Ok((self.log_driver == "json-file").then_some(limits))
+    }
+}
+
+fn parse_tail(text: &str) -> Result<Tail, String> {
+    if text == "all" {
+        return Ok(Tail::All);
+    }
+    text.parse().map(Tail::Last).map_err(|_| format!("{text:?} is neither a number nor all"))
+}
+
+/// Reads a duration: seconds, or numbers with units.
+pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
+    if let Ok(seconds) = text.parse() {
+        return Ok(Duration::from_secs(seconds));
+    }
+    humantime::parse_duration(text).map_err(|_| format!("{text:?} is not a duration; write for example 90s or 1h30m"))
 }
 
 /// Reads a size as Docker does: a number and b, k, m or g.

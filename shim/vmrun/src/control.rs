@@ -1,33 +1,65 @@
-//! The control socket of a container: how `vmrun exec`, `kill` and `ps` reach the process that owns its sandbox.
+//! The control socket of a container: what other `vmrun` processes ask of the process that owns it.
 //!
-//! One JSON object per line each way. An exec is answered by [`Answer::Started`] together with the connected streams of the
-//! process as descriptors, in the order stdin, stdout, stderr: the owner is not in the data path.
+//! One JSON object per line each way; only root reaches the socket (mode 0600). An exec is answered by [`Answer::Started`]
+//! together with the connected streams of the process as descriptors, in the order stdin, stdout, stderr: the owner is not in
+//! the data path, so no reader of output can hold it up.
 
-use std::io::{self, BufRead as _, BufReader, Write as _};
+use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt as _;
-use std::os::unix::net::UnixStream as StdStream;
 use std::path::Path;
 use std::rc::Rc;
+use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
-use oci_spec::runtime::Process;
-use sandbox::{ProcessId, Sandbox, WantedStreams, fds};
+use anyhow::{Context as _, Result};
+use sandbox::{ProcessId, ProcessStreams, fds, message};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt as _, Interest, Lines};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
+
+use crate::container::Container;
+use crate::signals::SIGKILL;
 
 /// What can be asked of the owner.
 #[derive(Debug, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Request {
     /// Start a process; more requests about it may follow on the same connection.
-    Exec { process: Box<Process>, stdin: bool, terminal: Option<(u16, u16)> },
+    Exec(Box<ExecRequest>),
     /// Resize the terminal of the exec.
     Resize(u16, u16),
-    /// Signal the exec of this connection, or else the container's command.
+    /// Signal the exec of this connection, or else the container's command. SIGKILL is answered when the command is dead.
     Signal(u32),
+    /// Ask the command to end by a signal, or by its own stop signal; kill it when it has not ended in time.
+    Stop { signal: Option<u32>, patience_ms: u64 },
+    /// Tell the exit status of the command when the container has ended.
+    Wait,
+    /// Freeze the container.
+    Pause,
+    /// Let it go on.
+    Unpause,
+    /// What the container uses.
+    Stats,
+}
+
+/// A process that is to run in the container.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub(crate) struct ExecRequest {
+    /// The command and its arguments.
+    pub(crate) command: Vec<String>,
+    /// Variables beside the container's own.
+    pub(crate) env: Vec<String>,
+    /// Working directory, or the container's.
+    pub(crate) workdir: Option<String>,
+    /// `USER[:GROUP]`, or the container's.
+    pub(crate) user: Option<String>,
+    /// Whether it reads from a stream.
+    pub(crate) stdin: bool,
+    /// Rows and columns of its terminal.
+    pub(crate) terminal: Option<(u16, u16)>,
+    /// Nobody stays with it.
+    pub(crate) detach: bool,
 }
 
 /// What the owner answers.
@@ -36,91 +68,153 @@ pub(crate) enum Request {
 pub(crate) enum Answer {
     /// The process runs; its streams come with this message.
     Started,
-    /// The process has exited.
+    /// The process has exited, or the container.
     Exited(u8),
     /// Done.
     Done,
+    /// What the container uses.
+    Stats(Usage),
     /// Refused or failed, with the cause.
     Failed(String),
 }
 
-/// Longest message, in bytes.
-const MAX_MESSAGE: usize = 64 << 10;
+/// What a container uses, in the units of cgroup v2.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub(crate) struct Usage {
+    pub(crate) cpu_usage_us: u64,
+    pub(crate) memory_bytes: u64,
+    pub(crate) memory_limit_bytes: u64,
+    pub(crate) io_read_bytes: u64,
+    pub(crate) io_write_bytes: u64,
+    pub(crate) pids: u64,
+}
 
-/// Serves the control socket until the task is dropped.
-pub(crate) async fn serve(path: &Path, sandbox: Rc<Sandbox>, container: String) -> Result<()> {
+impl From<message::StatsReply> for Usage {
+    fn from(stats: message::StatsReply) -> Self {
+        // As Docker does: what the kernel can drop at once is not counted.
+        let reclaimable = stats.memory_stat.get("inactive_file").copied().unwrap_or_default();
+        Self {
+            cpu_usage_us: stats.cpu_usage_us,
+            memory_bytes: stats.memory_current.saturating_sub(reclaimable),
+            memory_limit_bytes: stats.memory_max,
+            io_read_bytes: stats.io_read_bytes,
+            io_write_bytes: stats.io_write_bytes,
+            pids: stats.pids_current,
+        }
+    }
+}
+
+/// Pause after a connection could not be taken: out of descriptors, most likely.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Makes the socket, reachable for root only.
+pub(crate) fn listen(path: &Path) -> Result<UnixListener> {
     let listener = UnixListener::bind(path).with_context(|| format!("cannot listen at {}", path.display()))?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+/// Answers for as long as the task lives.
+pub(crate) async fn serve(listener: UnixListener, container: Rc<Container>) {
     for number in 1_u64.. {
-        let (stream, _) = listener.accept().await?;
-        let id = ProcessId { container_id: container.clone(), exec_id: format!("exec{number}") };
-        let sandbox = sandbox.clone();
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "cannot take a connection to the control socket");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let container = container.clone();
         tokio::task::spawn_local(async move {
-            if let Err(error) = converse(stream, &sandbox, id).await {
+            let exec_id = format!("exec{number}");
+            if let Err(error) = converse(stream, &container, &exec_id).await {
                 tracing::debug!(error = format!("{error:#}"), "a control connection ended");
             }
         });
     }
-    Ok(())
 }
 
-async fn converse(stream: UnixStream, sandbox: &Rc<Sandbox>, id: ProcessId) -> Result<()> {
+async fn converse(stream: UnixStream, container: &Rc<Container>, exec_id: &str) -> Result<()> {
     let (read_half, socket) = stream.into_split();
     let mut lines = tokio::io::BufReader::new(read_half).lines();
-    match next(&mut lines).await? {
-        Some(Request::Exec { process, stdin, terminal }) => {
-            let wanted = WantedStreams { stdin, output: true, terminal };
-            let streams = match sandbox.exec(&id, &process, wanted).await {
-                Ok(streams) => streams,
-                Err(error) => return answer(&socket, &Answer::Failed(error.to_string()), &[]).await,
-            };
-            let streams: Vec<OwnedFd> = [streams.stdin, streams.stdout, streams.stderr]
-                .into_iter()
-                .flatten()
-                .map(|stream| stream.into_std().map(OwnedFd::from))
-                .collect::<io::Result<_>>()?;
-            let borrowed: Vec<BorrowedFd<'_>> = streams.iter().map(|fd| fd.as_fd()).collect();
-            answer(&socket, &Answer::Started, &borrowed).await?;
-            drop(borrowed);
-            drop(streams);
-            attend(&mut lines, &socket, sandbox, &id).await
+    let Some(request) = next(&mut lines).await? else { return Ok(()) };
+    // Held until we have answered: the owner stays for as long.
+    let mut exited = container.exit_watch();
+    let is_end = matches!(request, Request::Signal(SIGKILL) | Request::Stop { .. });
+    let outcome = match request {
+        Request::Exec(request) => return exec(&mut lines, &socket, container, exec_id, &request).await,
+        Request::Wait => {
+            let exit_code = exited.wait_for(Option::is_some).await?.unwrap_or_default();
+            return answer(&socket, &Answer::Exited(exit_code), &[]).await;
         }
-        Some(Request::Signal(signal)) => {
-            let init = ProcessId::init(&id.container_id);
-            let outcome = sandbox.signal(&init, signal, false).await;
-            answer(&socket, &outcome.map_or_else(|e| Answer::Failed(e.to_string()), |()| Answer::Done), &[]).await
-        }
-        Some(Request::Resize(..)) | None => Ok(()),
+        Request::Signal(signal) => container.signal(signal).await,
+        Request::Stop { signal, patience_ms } => container.stop(signal, Duration::from_millis(patience_ms)).await,
+        Request::Pause => container.pause().await,
+        Request::Unpause => container.unpause().await,
+        Request::Stats => match container.stats().await {
+            Ok(stats) => return answer(&socket, &Answer::Stats(stats.into()), &[]).await,
+            Err(error) => Err(error.into()),
+        },
+        Request::Resize(..) => Ok(()),
+    };
+    if is_end && outcome.is_ok() {
+        // Whoever ends a container may remove it next.
+        exited.wait_for(Option::is_some).await?;
     }
+    answer(&socket, &outcome.map_or_else(|error| Answer::Failed(format!("{error:#}")), |()| Answer::Done), &[]).await
+}
+
+async fn exec(
+    lines: &mut Lines<tokio::io::BufReader<OwnedReadHalf>>,
+    socket: &OwnedWriteHalf,
+    container: &Rc<Container>,
+    exec_id: &str,
+    request: &ExecRequest,
+) -> Result<()> {
+    let (id, streams) = match container.exec(exec_id, request).await {
+        Ok(started) => started,
+        Err(error) => return answer(socket, &Answer::Failed(format!("{error:#}")), &[]).await,
+    };
+    let streams = descriptors(streams)?;
+    let borrowed: Vec<BorrowedFd<'_>> = streams.iter().map(|fd| fd.as_fd()).collect();
+    answer(socket, &Answer::Started, &borrowed).await?;
+    drop(borrowed);
+    drop(streams);
+    let outcome = attend(lines, container, &id).await;
+    // Nothing is left to forget when the VM is gone.
+    let _ = container.sandbox.delete(&id, true).await;
+    answer(socket, &outcome, &[]).await
+}
+
+fn descriptors(streams: ProcessStreams) -> io::Result<Vec<OwnedFd>> {
+    let streams = [streams.stdin, streams.stdout, streams.stderr];
+    streams.into_iter().flatten().map(|stream| stream.into_std().map(OwnedFd::from)).collect()
 }
 
 /// Stays with an exec until it exits; the client may resize and signal it meanwhile.
 async fn attend(
     lines: &mut Lines<tokio::io::BufReader<OwnedReadHalf>>,
-    socket: &OwnedWriteHalf,
-    sandbox: &Sandbox,
+    container: &Container,
     id: &ProcessId,
-) -> Result<()> {
-    let exit = sandbox.wait(id);
+) -> Answer {
+    let exit = container.sandbox.wait(id);
     tokio::pin!(exit);
     let mut client_is_there = true;
     let exit = loop {
         tokio::select! {
             exit = &mut exit => break exit,
             request = next(lines), if client_is_there => match request {
-                Ok(Some(Request::Resize(rows, columns))) => drop(sandbox.resize(id, rows, columns).await),
-                Ok(Some(Request::Signal(signal))) => drop(sandbox.signal(id, signal, false).await),
+                Ok(Some(Request::Resize(rows, columns))) => drop(container.sandbox.resize(id, rows, columns).await),
+                Ok(Some(Request::Signal(signal))) => drop(container.sandbox.signal(id, signal, false).await),
                 _ => client_is_there = false,
             },
         }
     };
-    let outcome = match exit {
+    match exit {
         Ok(exit) => Answer::Exited(u8::try_from(exit.exit_code).unwrap_or(u8::MAX)),
         Err(error) => Answer::Failed(error.to_string()),
-    };
-    // Nothing is left to forget when the VM is gone.
-    let _ = sandbox.delete(id, true).await;
-    answer(socket, &outcome, &[]).await
+    }
 }
 
 async fn next(lines: &mut Lines<tokio::io::BufReader<OwnedReadHalf>>) -> Result<Option<Request>> {
@@ -136,48 +230,4 @@ async fn answer(socket: &OwnedWriteHalf, answer: &Answer, passed: &[BorrowedFd<'
     let socket: &UnixStream = socket.as_ref();
     socket.async_io(Interest::WRITABLE, || fds::send(socket.as_fd(), &line, passed)).await?;
     Ok(())
-}
-
-/// The client's side of a control connection.
-pub(crate) struct Client {
-    socket: StdStream,
-}
-
-impl Client {
-    /// Connects to the owner of a container.
-    pub(crate) fn connect(root: &Path, name: &str) -> Result<Self> {
-        let state = sandbox::state::read(root, name)?;
-        if state.status != sandbox::state::Status::Running {
-            bail!("container {name} is not running");
-        }
-        let socket = StdStream::connect(root.join(name).join("control.sock"))
-            .with_context(|| format!("container {name} is not running: its owner does not answer"))?;
-        Ok(Self { socket })
-    }
-
-    /// Another handle of the same connection, for sending only.
-    pub(crate) fn sender(&self) -> Result<Self> {
-        Ok(Self { socket: self.socket.try_clone()? })
-    }
-
-    pub(crate) fn send(&mut self, request: &Request) -> Result<()> {
-        let mut line = serde_json::to_vec(request)?;
-        line.push(b'\n');
-        Ok(self.socket.write_all(&line)?)
-    }
-
-    /// Reads one answer and the descriptors that come with it.
-    pub(crate) fn receive(&mut self) -> Result<(Answer, Vec<OwnedFd>)> {
-        let mut message = vec![0; MAX_MESSAGE];
-        let (len, passed) = fds::recv(self.socket.as_fd(), &mut message)?;
-        let mut line = message[..len].to_vec();
-        if len > 0 && !line.ends_with(b"\n") {
-            BufReader::new(&self.socket).read_until(b'\n', &mut line)?;
-        }
-        if line.is_empty() {
-            bail!("the container's owner ended before it answered");
-        }
-        // An exit may follow in the same read; it is kept by reading line by line at the sender's pace.
-        Ok((serde_json::from_slice(&line).context("bad answer of the container's owner")?, passed))
-    }
 }

@@ -9,37 +9,54 @@ use std::thread;
 use anyhow::{Context as _, Result, bail};
 
 use crate::cli::ExecArgs;
-use crate::control::{Answer, Client, Request};
+use crate::client::Client;
+use crate::control::{Answer, ExecRequest, Request};
 use crate::{spec, stdio};
 
 pub(crate) fn exec(root: &Path, args: ExecArgs) -> Result<u8> {
-    let process = spec::exec_process(&args)?;
+    stdio::check_terminal(args.interactive && !args.detach, args.tty)?;
     let mut client = Client::connect(root, &args.name)?;
-    let terminal = args.tty.then(stdio::window_size);
-    client.send(&Request::Exec { process: Box::new(process), stdin: args.interactive, terminal })?;
+    let request = ExecRequest {
+        env: args.env.iter().filter_map(|variable| spec::with_value(variable)).collect(),
+        stdin: args.interactive && !args.detach,
+        terminal: args.tty.then(stdio::window_size),
+        command: args.command,
+        workdir: args.workdir,
+        user: args.user,
+        detach: args.detach,
+    };
+    let (tty, stdin, detach) = (request.terminal.is_some(), request.stdin, request.detach);
+    client.send(&Request::Exec(Box::new(request)))?;
     let (answer, streams) = client.receive()?;
     match answer {
+        Answer::Started if detach => return Ok(0),
         Answer::Started => {}
-        Answer::Failed(cause) => return Ok(spec::report_start_failure(&cause)),
+        Answer::Failed(cause) => {
+            eprintln!("vmrun: {cause}");
+            return Ok(spec::start_failure_code(&cause));
+        }
         other => bail!("unexpected answer of the container's owner: {other:?}"),
     }
-    let raw =
-        if args.tty { stdio::RawTerminal::enter().context("cannot switch the terminal to raw mode")? } else { None };
-    if args.tty {
+    let raw = if tty { stdio::RawTerminal::enter().context("cannot switch the terminal to raw mode")? } else { None };
+    if tty {
         forward_window_size(client.sender()?)?;
     }
     let mut streams = streams.into_iter().map(|fd| {
         let stream = UnixStream::from(fd);
         stream.set_nonblocking(false).map(|()| stream)
     });
-    if args.interactive {
+    if stdin {
         stdio::copy_stdin(streams.next().context("no standard input came")??)?;
     }
-    let stdout = stdio::copy_output(streams.next().context("no standard output came")??, io::stdout().as_fd())?;
-    let stderr = streams.next().transpose()?.map(|s| stdio::copy_output(s, io::stderr().as_fd())).transpose()?;
+    let outputs = [io::stdout().as_fd().try_clone_to_owned()?, io::stderr().as_fd().try_clone_to_owned()?];
+    let mut copying = Vec::new();
+    for (stream, output) in streams.zip(outputs) {
+        copying.push(stdio::copy_output(stream?, stdio::Sink { output: Some(output), log: None })?);
+    }
     let (answer, _) = client.receive()?;
-    for thread in [Some(stdout), stderr].into_iter().flatten() {
-        let _ = thread.join();
+    for output in copying {
+        // The sender is dropped when its thread ends.
+        let _ = output.blocking_recv();
     }
     drop(raw);
     match answer {

@@ -28,6 +28,8 @@ pub(crate) struct Image {
     pub(crate) workdir: Option<String>,
     /// `User` of the image.
     pub(crate) user: Option<String>,
+    /// `StopSignal` of the image.
+    pub(crate) stop_signal: Option<String>,
 }
 
 /// Finds an image, unpacking it when that has not been done yet.
@@ -52,6 +54,7 @@ fn open_rootfs(dir: &Path) -> Result<Image> {
         env: Vec::new(),
         workdir: None,
         user: None,
+        stop_signal: None,
     })
 }
 
@@ -94,6 +97,7 @@ fn open_layout(rest: &str, data_root: &Path) -> Result<Image> {
         env: run.env().clone().unwrap_or_default(),
         workdir: run.working_dir().clone(),
         user: run.user().clone(),
+        stop_signal: run.stop_signal().clone(),
     })
 }
 

@@ -1,212 +1,377 @@
-//! `vmrun run`: one container in one microVM, owned by this process from beginning to end.
+//! `vmrun run`: one container in one microVM, owned by this process from beginning to end, in the foreground or as the
+//! supervisor of a detached container.
 
-use std::fs;
 use std::io;
-use std::os::fd::AsFd as _;
-use std::path::{Path, PathBuf};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::rc::Rc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
+use oci_spec::runtime::{Process, Spec};
 use sandbox::artifacts::Artifacts;
-use sandbox::plan::{self, ROOTFS_TAG, VOLUMES_TAG};
+use sandbox::plan::{self, ROOTFS_TAG, VOLUMES_TAG, VmSize};
 use sandbox::share::{self, Rootfs};
-use sandbox::state::{State, StateDir, Status};
+use sandbox::state::Status;
 use sandbox::{BootRequest, CachePolicy, CallError, ProcessId, ProcessStreams, Sandbox, WantedStreams};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::net::UnixStream;
+use tokio::sync::oneshot;
 
 use crate::cli::RunArgs;
-use crate::{control, image, spec, stdio, user};
+use crate::container::{Container, Ending};
+use crate::image::Image;
+use crate::log::{Log, LogStream, Stream};
+use crate::record::{Folders, Record, now_ms};
+use crate::signals::{self, Signals};
+use crate::{EXIT_VMRUN_FAILED, control, detach, image, random_hex, spec, stdio, user};
 
 /// Time that a guest has to boot. Generous: an emulated host takes seconds.
 const BOOT_DEADLINE: Duration = Duration::from_secs(60);
+/// Time that output has to be read after somebody wanted the container dead.
+const DRAIN_DEADLINE: Duration = Duration::from_millis(500);
+/// Time that those who asked have to take their answers.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(1);
+/// Exit status of a command that `--timeout` ended, as timeout(1) has it.
+const EXIT_TIMEOUT: u8 = 124;
+/// So many requests to end make us end, as with Docker.
+const PATIENCE: u32 = 3;
 
-pub(crate) async fn run(root: &Path, data_root: &Path, args: RunArgs) -> Result<u8> {
+/// Where this process runs.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Place {
+    /// The caller waits, and has our output.
+    Foreground,
+    /// We are the supervisor of a detached container.
+    Supervisor,
+}
+
+/// Runs a container to its end.
+pub(crate) async fn run(folders: &Folders, args: RunArgs, place: Place) -> Result<u8> {
     let start = Instant::now();
+    if place == Place::Foreground && !args.detach {
+        stdio::check_terminal(args.interactive, args.tty)?;
+    }
     let size = plan::vm_size(args.cpus, args.memory)?;
     let artifacts = Artifacts::find()?;
+    let stop_signal = args.stop_signal.as_deref().map(signals::parse).transpose()?;
     if !rustix::process::geteuid().is_root() {
         bail!("vmrun makes mounts and needs root: run it with sudo");
     }
-    let image = image::open(&args.image, data_root)?;
-    let name = args.name.clone().unwrap_or_else(generated_name);
-    let dir = StateDir::create(root, &name)?;
-    let written = WrittenFiles(data_root.join("containers").join(&name));
-    let mut state = State {
-        name: name.clone(),
-        image: args.image.clone(),
-        command: spec::command(&args, &image)?,
-        created_at: SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs(),
-        owner_pid: std::process::id(),
-        vmm_pid: None,
-        status: Status::Creating,
-    };
-    let outcome = async {
-        dir.write(&state)?;
-        let writable = if args.read_only { None } else { Some(written.0.clone()) };
+    let image = image::open(&args.image, &folders.data_root)?;
+    if args.detach && place == Place::Foreground {
+        return detach::launch();
+    }
+    let image_signal = image.stop_signal.as_deref().map(signals::parse).transpose()?;
+    let stop_signal = stop_signal.or(image_signal).unwrap_or(signals::SIGTERM);
+    let name = args.name.clone().unwrap_or_else(|| random_hex(6));
+    let command = spec::command(&args, &image)?;
+    let record = Record::create(folders, &name, &args.image, &command, args.rm)?;
+    let run = Run { args, image, name, command, size, artifacts, stop_signal, place, start };
+    tokio::task::LocalSet::new().run_until(run.own(record)).await
+}
+
+/// Everything that is known before the VM starts.
+struct Run {
+    args: RunArgs,
+    image: Image,
+    name: String,
+    command: Vec<String>,
+    size: VmSize,
+    artifacts: Artifacts,
+    stop_signal: u32,
+    place: Place,
+    start: Instant,
+}
+
+/// What goes into a VM.
+struct Prepared {
+    spec: Spec,
+    tree: OwnedFd,
+    shares: Vec<(String, OwnedFd, CachePolicy)>,
+    at: Duration,
+}
+
+/// A command that runs.
+struct Started {
+    sandbox: Sandbox,
+    tree: OwnedFd,
+    process: Process,
+    copying: Copying,
+    timing: String,
+}
+
+/// A command that does not run, and the exit status that says so.
+struct NotStarted {
+    exit_code: u8,
+    error: anyhow::Error,
+}
+
+impl<E: Into<anyhow::Error>> From<E> for NotStarted {
+    fn from(error: E) -> Self {
+        Self { exit_code: EXIT_VMRUN_FAILED, error: error.into() }
+    }
+}
+
+impl Run {
+    /// From an empty record to an exited container, or to nothing.
+    async fn own(self, record: Record) -> Result<u8> {
+        match self.start(&record).await {
+            Ok(started) => self.attend(record, started).await,
+            Err(NotStarted { exit_code, error }) => {
+                record.remove()?;
+                match self.place {
+                    Place::Foreground => eprintln!("vmrun: {error:#}"),
+                    Place::Supervisor => detach::report_failed(exit_code, &error),
+                }
+                Ok(exit_code)
+            }
+        }
+    }
+
+    async fn start(&self, record: &Record) -> Result<Started, NotStarted> {
+        if self.place == Place::Supervisor {
+            detach::log_to(&record.data_dir())?;
+        }
+        let prepared = self.prepare(record)?;
+        let console = self.args.console.then(|| io::stderr().as_fd().try_clone_to_owned()).transpose()?;
+        let sandbox = Sandbox::boot(BootRequest {
+            name: self.name.clone(),
+            size: self.size,
+            shares: prepared.shares,
+            console,
+            artifacts: self.artifacts.clone(),
+            deadline: BOOT_DEADLINE,
+        })
+        .await?;
+        record.update(|state| state.vmm_pid = Some(sandbox.vmm_pid()))?;
+        match self.start_command(record, &sandbox, &prepared.spec).await {
+            Ok((copying, created)) => {
+                let timing = self.timing(&sandbox, prepared.at, created);
+                let process = prepared.spec.process().clone().unwrap_or_default();
+                Ok(Started { sandbox, tree: prepared.tree, process, copying, timing })
+            }
+            Err(error) => {
+                sandbox.stop().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// The spec and the trees that it needs.
+    fn prepare(&self, record: &Record) -> Result<Prepared> {
+        let (args, image, scratch) = (&self.args, &self.image, record.dir().scratch());
+        let writable = if args.read_only { None } else { Some(record.data_dir()) };
         let rootfs = if image.layers.len() == 1 && args.read_only {
             Rootfs::Directory { path: image.layer_dir.join(&image.layers[0]), read_only: true }
         } else {
             Rootfs::Layers { lower: image.layers.clone(), layer_dir: image.layer_dir.clone(), writable }
         };
-        let tree = share::rootfs_tree(rootfs, &dir.scratch())?;
-        let user = user::resolve(
-            &tree,
-            args.user.as_deref().or(image.user.as_deref()).filter(|u| !u.is_empty()).unwrap_or("0"),
-        )?;
-        let planned = plan::plan(spec::container(&args, &image, &user, &name, &state.command)?)?;
-        let mut shares = vec![(ROOTFS_TAG.to_owned(), tree, CachePolicy::Always)];
+        let tree = share::rootfs_tree(rootfs, &scratch)?;
+        let wanted = args.user.as_deref().or(image.user.as_deref()).filter(|user| !user.is_empty());
+        let user = user::resolve(&tree, wanted.unwrap_or("0"))?;
+        let planned = plan::plan(spec::container(args, image, &user, &self.name, &self.command)?)?;
+        let mut shares = vec![(ROOTFS_TAG.to_owned(), tree.try_clone()?, CachePolicy::Always)];
         if !planned.volumes.is_empty() {
-            let volumes = share::volumes_tree(planned.volumes, &dir.scratch())?;
+            let volumes = share::volumes_tree(planned.volumes, &scratch)?;
             shares.push((VOLUMES_TAG.to_owned(), volumes, CachePolicy::Auto));
         }
-        let prepared = start.elapsed();
-        let console = args.console.then(|| io::stderr().as_fd().try_clone_to_owned()).transpose()?;
-        let request = BootRequest { name: name.clone(), size, shares, console, artifacts, deadline: BOOT_DEADLINE };
-        let sandbox = Rc::new(Sandbox::boot(request).await?);
-        state.vmm_pid = Some(sandbox.vmm_pid());
-        let booted = Booted { sandbox: sandbox.clone(), name: &name, args: &args, dir: &dir, start, prepared };
-        let outcome = tokio::task::LocalSet::new().run_until(booted.run_container(&planned.spec, &mut state)).await;
-        sandbox.stop().await;
-        outcome
+        Ok(Prepared { spec: planned.spec, tree, shares, at: self.start.elapsed() })
     }
-    .await;
-    dir.remove()?;
-    outcome
-}
 
-/// A sandbox that is up, with what its container needs.
-struct Booted<'a> {
-    sandbox: Rc<Sandbox>,
-    name: &'a str,
-    args: &'a RunArgs,
-    dir: &'a StateDir,
-    start: Instant,
-    prepared: Duration,
-}
-
-impl Booted<'_> {
-    async fn run_container(&self, spec: &oci_spec::runtime::Spec, state: &mut State) -> Result<u8> {
+    async fn start_command(
+        &self,
+        record: &Record,
+        sandbox: &Sandbox,
+        spec: &Spec,
+    ) -> Result<(Copying, Duration), NotStarted> {
+        record.write_spec(spec)?;
         let terminal = self.args.tty.then(stdio::window_size);
         let wanted = WantedStreams { stdin: self.args.interactive, output: true, terminal };
-        let created = self.sandbox.create(self.name, spec, wanted).await;
-        let streams = match created {
-            Ok(streams) => streams,
-            Err(CallError::Refused { message, .. }) => return Ok(spec::report_start_failure(&message)),
-            Err(error) => return Err(error).context("cannot create the container"),
+        let streams = sandbox.create(&self.name, spec, wanted).await.map_err(|e| refused(e, "create"))?;
+        let created = self.start.elapsed();
+        let copying = self.copy_streams(record, streams)?;
+        sandbox.start(&self.name).await.map_err(|e| refused(e, "start"))?;
+        Ok((copying, created))
+    }
+
+    fn copy_streams(&self, record: &Record, streams: ProcessStreams) -> Result<Copying> {
+        let log = match self.args.log_limits()? {
+            Some(limits) => Some(Log::create(&record.data_dir(), limits).context("cannot make the log")?),
+            None => None,
         };
-        let created_at = self.start.elapsed();
-        let raw = if self.args.tty { stdio::RawTerminal::enter()? } else { None };
-        let threads = copy_streams(streams)?;
-        if let Err(error) = self.sandbox.start(self.name).await {
-            drop(raw);
-            return match error {
-                CallError::Refused { message, .. } => Ok(spec::report_start_failure(&message)),
-                other => Err(other).context("cannot start the container"),
-            };
+        let raw = if self.args.tty && self.place == Place::Foreground { stdio::RawTerminal::enter()? } else { None };
+        let mut copying = Copying { held_stdin: None, outputs: Vec::new(), _raw: raw };
+        match (streams.stdin.map(blocking).transpose()?, self.place) {
+            (Some(stdin), Place::Foreground) => stdio::copy_stdin(stdin)?,
+            // Nobody writes to it, but it stays open.
+            (stdin, _) => copying.held_stdin = stdin,
         }
-        let started_at = self.start.elapsed();
-        state.status = Status::Running;
-        self.dir.write(state)?;
-        let socket = self.dir.path().join("control.sock");
-        let (sandbox, name) = (self.sandbox.clone(), self.name.to_owned());
-        tokio::task::spawn_local(async move {
-            if let Err(error) = control::serve(&socket, sandbox, name).await {
-                tracing::warn!(error = format!("{error:#}"), "the control socket is not served");
+        let outputs = [
+            (streams.stdout, io::stdout().as_fd().try_clone_to_owned()?, Stream::Stdout),
+            (streams.stderr, io::stderr().as_fd().try_clone_to_owned()?, Stream::Stderr),
+        ];
+        for (stream, output, name) in outputs {
+            let output = Some(output).filter(|_| self.place == Place::Foreground);
+            let log = log.clone().map(|log| LogStream::new(log, name));
+            if let Some(stream) = stream.map(blocking).transpose()? {
+                copying.outputs.push(stdio::copy_output(stream, stdio::Sink { output, log })?);
             }
-        });
-        let code = self.wait().await?;
-        tokio::task::spawn_blocking(move || threads.into_iter().for_each(|thread| drop(thread.join()))).await?;
-        drop(raw);
-        if self.args.timing {
-            self.print_times(created_at, started_at);
         }
-        Ok(code)
+        Ok(copying)
+    }
+
+    /// Answers others and waits until the container is over; then keeps or removes its record.
+    async fn attend(&self, record: Record, started: Started) -> Result<u8> {
+        let Started { sandbox, tree, process, mut copying, timing } = started;
+        let listener = control::listen(&record.control_socket())?;
+        record.update(|state| {
+            state.started_at_ms = Some(now_ms());
+            state.status = Status::Running;
+        })?;
+        let init = ProcessId::init(&self.name);
+        let container = Rc::new(Container::new(sandbox, record, init, process, tree, self.stop_signal));
+        let server = tokio::task::spawn_local(control::serve(listener, container.clone()));
+        if self.place == Place::Supervisor
+            && let Err(error) = detach::report_started(&self.name, self.args.timing.then(|| timing.clone()))
+        {
+            tracing::warn!(error = format!("{error:#}"), "the container is removed");
+            container.kill().await;
+        }
+        let mut signals = Signals::listen()?;
+        let ending = self.wait(&container, &mut signals).await;
+        copying.finish(&container, &mut signals).await;
+        container.sandbox.stop().await;
+        server.abort();
+        drop(copying);
+        let status = Status::Exited { exit_code: ending.exit_code, oom_killed: ending.oom_killed };
+        if let Some(error) = &ending.error {
+            eprintln!("vmrun: {error}");
+        }
+        if self.args.rm {
+            container.record.remove()?
+        } else {
+            container.record.keep(status, ending.error)?
+        }
+        container.announce(ending.exit_code);
+        // Somebody may have asked and not read the answer.
+        let _ = tokio::time::timeout(ANSWER_DEADLINE, container.all_answered()).await;
+        if self.args.timing && self.place == Place::Foreground {
+            eprint!("{timing}");
+        }
+        Ok(ending.exit_code)
     }
 
     /// Waits for the command, passing signals and window sizes on.
-    async fn wait(&self) -> Result<u8> {
-        let id = ProcessId::init(self.name);
-        let exit = self.sandbox.wait(&id);
-        tokio::pin!(exit);
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut hangup = signal(SignalKind::hangup())?;
-        let mut quit = signal(SignalKind::quit())?;
-        let mut window = signal(SignalKind::window_change())?;
+    async fn wait(&self, container: &Rc<Container>, signals: &mut Signals) -> Ending {
+        let ended = container.ended();
+        let timeout = async {
+            match self.args.timeout {
+                Some(timeout) => tokio::time::sleep(timeout).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::pin!(ended, timeout);
+        let mut requests_to_end = 0;
         loop {
             let signal = tokio::select! {
-                exit = &mut exit => {
-                    let exit = exit.context("lost the container")?;
-                    return Ok(u8::try_from(exit.exit_code).unwrap_or(u8::MAX));
-                }
-                exit = self.sandbox.ended() => bail!("the VM ended while the command ran: {}", exit.reason),
-                _ = interrupt.recv() => SignalKind::interrupt(),
-                _ = terminate.recv() => SignalKind::terminate(),
-                _ = hangup.recv() => SignalKind::hangup(),
-                _ = quit.recv() => SignalKind::quit(),
-                _ = window.recv() => {
-                    let (rows, columns) = stdio::window_size();
-                    drop(self.sandbox.resize(&id, rows, columns).await);
-                    continue;
-                }
+                ending = &mut ended => return ending,
+                () = &mut timeout => break,
+                signal = signals.next() => signal,
             };
-            let number = u32::try_from(signal.as_raw_value()).unwrap_or_default();
-            if let Err(error) = self.sandbox.signal(&id, number, false).await {
-                tracing::warn!(%error, "a signal did not reach the command");
+            requests_to_end += u32::from(signals::asks_to_end(signal));
+            let container = container.clone();
+            let (place, patience) = (self.place, Duration::from_secs(self.args.stop_timeout));
+            // On the side: a guest that does not answer must not keep us from noticing its end.
+            tokio::task::spawn_local(async move {
+                let outcome = match signal {
+                    signals::SIGWINCH => return pass_window_size(&container).await,
+                    signal if signals::asks_to_end(signal) && requests_to_end >= PATIENCE => {
+                        container.kill().await;
+                        Ok(())
+                    }
+                    signal if place == Place::Supervisor && signals::asks_to_end(signal) => {
+                        container.stop(None, patience).await
+                    }
+                    // Our terminal is gone, and the command's with it.
+                    signals::SIGHUP => container.stop(Some(signals::SIGHUP), patience).await,
+                    signal => container.signal(signal).await,
+                };
+                if let Err(error) = outcome {
+                    tracing::warn!(error = format!("{error:#}"), signal, "a signal did not reach the command");
+                }
+            });
+        }
+        container.kill().await;
+        let ending = ended.await;
+        let error = Some(format!(
+            "the command was killed after {} (--timeout)",
+            humantime::format_duration(self.args.timeout.unwrap_or_default(),)
+        ));
+        Ending { exit_code: EXIT_TIMEOUT, error, ..ending }
+    }
+
+    fn timing(&self, sandbox: &Sandbox, prepared: Duration, created: Duration) -> String {
+        let boot = sandbox.times();
+        let stages = [
+            (prepared, "image and shares ready"),
+            (prepared + boot.spawn, "VMM spawned"),
+            (prepared + boot.agent_ready, "guest booted, agent ready"),
+            (prepared + boot.configured, "guest configured"),
+            (created, "container created"),
+            (self.start.elapsed(), "container started"),
+        ];
+        let lines = stages.map(|(at, stage)| format!("  {:>6}  {stage}\n", at.as_millis()));
+        format!("start of {}, in ms since vmrun began:\n{}", self.name, lines.concat())
+    }
+}
+
+async fn pass_window_size(container: &Container) {
+    let (rows, columns) = stdio::window_size();
+    container.resize(rows, columns).await;
+}
+
+fn refused(error: CallError, step: &'static str) -> NotStarted {
+    match error {
+        CallError::Refused { message, .. } => NotStarted {
+            exit_code: spec::start_failure_code(&message),
+            error: anyhow!("cannot start the command: {message}"),
+        },
+        other => anyhow::Error::from(other).context(format!("cannot {step} the container")).into(),
+    }
+}
+
+fn blocking(stream: UnixStream) -> io::Result<std::os::unix::net::UnixStream> {
+    let stream = stream.into_std()?;
+    stream.set_nonblocking(false)?;
+    Ok(stream)
+}
+
+/// The copying of a container's streams, on threads of their own; our terminal is raw for as long.
+struct Copying {
+    held_stdin: Option<std::os::unix::net::UnixStream>,
+    outputs: Vec<oneshot::Receiver<()>>,
+    _raw: Option<stdio::RawTerminal>,
+}
+
+impl Copying {
+    /// Waits until every byte is written, but not for a reader that stalls when the container is wanted dead.
+    async fn finish(&mut self, container: &Container, signals: &mut Signals) {
+        self.held_stdin = None;
+        let outputs = std::mem::take(&mut self.outputs);
+        let all = async {
+            for output in outputs {
+                // The sender is dropped when its thread ends.
+                let _ = output.await;
             }
+        };
+        let impatient = async {
+            tokio::select! {
+                () = container.kill_asked() => tokio::time::sleep(DRAIN_DEADLINE).await,
+                () = signals.asked_to_end() => {}
+            }
+        };
+        tokio::select! {
+            () = all => {}
+            () = impatient => {}
         }
     }
-
-    fn print_times(&self, created: Duration, started: Duration) {
-        let boot = self.sandbox.times();
-        let at = |d: Duration| (self.prepared + d).as_millis();
-        eprintln!("start of {}, in ms since vmrun began:", self.name);
-        eprintln!("  {:>6}  image and shares ready", self.prepared.as_millis());
-        eprintln!("  {:>6}  VMM spawned", at(boot.spawn));
-        eprintln!("  {:>6}  guest booted, agent ready", at(boot.agent_ready));
-        eprintln!("  {:>6}  guest configured", at(boot.configured));
-        eprintln!("  {:>6}  container created", created.as_millis());
-        eprintln!("  {:>6}  container started", started.as_millis());
-    }
-}
-
-fn copy_streams(streams: ProcessStreams) -> Result<Vec<std::thread::JoinHandle<()>>> {
-    let blocking = |stream: tokio::net::UnixStream| -> io::Result<_> {
-        let stream = stream.into_std()?;
-        stream.set_nonblocking(false)?;
-        Ok(stream)
-    };
-    if let Some(stdin) = streams.stdin {
-        stdio::copy_stdin(blocking(stdin)?)?;
-    }
-    let mut threads = Vec::new();
-    if let Some(stdout) = streams.stdout {
-        threads.push(stdio::copy_output(blocking(stdout)?, io::stdout().as_fd())?);
-    }
-    if let Some(stderr) = streams.stderr {
-        threads.push(stdio::copy_output(blocking(stderr)?, io::stderr().as_fd())?);
-    }
-    Ok(threads)
-}
-
-/// What a container wrote, removed with it.
-struct WrittenFiles(PathBuf);
-
-impl Drop for WrittenFiles {
-    fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.0)
-            && error.kind() != io::ErrorKind::NotFound
-        {
-            tracing::warn!(path = %self.0.display(), %error, "cannot remove what the container wrote");
-        }
-    }
-}
-
-/// Twelve hexadecimal digits, as Docker's short ids.
-fn generated_name() -> String {
-    let mut bytes = [0_u8; 6];
-    // getrandom(2) gives up to 256 bytes whole.
-    let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

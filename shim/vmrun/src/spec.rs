@@ -11,7 +11,7 @@ use oci_spec::runtime::{
     SpecBuilder, UserBuilder,
 };
 
-use crate::cli::{ExecArgs, RunArgs};
+use crate::cli::RunArgs;
 use crate::image::Image;
 use crate::seccomp;
 use crate::user::User;
@@ -210,36 +210,8 @@ fn init_process(args: &RunArgs, image: &Image, user: &User, command: &[String]) 
     Ok(process.build()?)
 }
 
-/// The process that `vmrun exec` asks for.
-pub(crate) fn exec_process(args: &ExecArgs) -> Result<Process> {
-    let user = match args.user.as_deref() {
-        None => UserBuilder::default().uid(0_u32).gid(0_u32),
-        Some(text) => {
-            let (uid, gid) = text.split_once(':').unwrap_or((text, "0"));
-            let number =
-                |t: &str| t.parse::<u32>().with_context(|| format!("{t:?} is not a number; exec takes UID[:GID]"));
-            UserBuilder::default().uid(number(uid)?).gid(number(gid)?)
-        }
-    };
-    let mut env = vec![DEFAULT_PATH.to_owned()];
-    if args.tty {
-        env.push("TERM=xterm".to_owned());
-    }
-    set_all(&mut env, args.env.iter().filter_map(|variable| with_value(variable)));
-    let set: Capabilities = DEFAULT_CAPABILITIES.into_iter().collect();
-    let process = ProcessBuilder::default()
-        .terminal(args.tty)
-        .args(args.command.clone())
-        .env(env)
-        .cwd(args.workdir.clone().unwrap_or_else(|| "/".to_owned()))
-        .user(user.build()?)
-        .capabilities(capability_sets(&set)?)
-        .no_new_privileges(false);
-    Ok(process.build()?)
-}
-
 /// `NAME=VALUE` as it is; `NAME` with our own value, or not at all.
-fn with_value(variable: &str) -> Option<String> {
+pub(crate) fn with_value(variable: &str) -> Option<String> {
     if variable.contains('=') {
         return Some(variable.to_owned());
     }
@@ -247,7 +219,7 @@ fn with_value(variable: &str) -> Option<String> {
 }
 
 /// Later values of a variable replace earlier ones.
-fn set_all(env: &mut Vec<String>, variables: impl IntoIterator<Item = String>) {
+pub(crate) fn set_all(env: &mut Vec<String>, variables: impl IntoIterator<Item = String>) {
     for variable in variables {
         let name_len = variable.find('=').map_or(variable.len(), |at| at + 1);
         env.retain(|existing| !existing.starts_with(&variable[..name_len]));
@@ -403,9 +375,8 @@ fn volume(text: &str) -> Result<Mount> {
     mount(target, "bind", source, if read_only { &["rbind", "ro"] } else { &["rbind"] })
 }
 
-/// Prints why a command could not be started; returns Docker's exit status for it.
-pub(crate) fn report_start_failure(cause: &str) -> u8 {
-    eprintln!("vmrun: cannot start the command: {cause}");
+/// Docker's exit status for a command that could not be started.
+pub(crate) fn start_failure_code(cause: &str) -> u8 {
     if cause.contains("exec-not-found") {
         127
     } else if cause.contains("exec-not-executable") {

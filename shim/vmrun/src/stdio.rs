@@ -4,11 +4,14 @@
 use std::fs::File;
 use std::io::{self, IsTerminal as _, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::{AsFd as _, BorrowedFd};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::thread::{self, JoinHandle};
 
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
+use tokio::sync::oneshot;
+
+use crate::log::LogStream;
 
 /// Size of one read, in bytes.
 const CHUNK: usize = 64 << 10;
@@ -24,14 +27,32 @@ pub(crate) fn copy_stdin(stream: UnixStream) -> io::Result<()> {
     Ok(())
 }
 
-/// Copies a stream of the guest to `output` until its end.
-pub(crate) fn copy_output(stream: UnixStream, output: BorrowedFd<'_>) -> io::Result<JoinHandle<()>> {
-    let output = File::from(output.try_clone_to_owned()?);
+/// Where the output of a container goes: to its log, and to a stream of ours if we run in the foreground.
+pub(crate) struct Sink {
+    pub(crate) output: Option<OwnedFd>,
+    pub(crate) log: Option<LogStream>,
+}
+
+/// Copies a stream of the guest to its end, which the receiver tells.
+pub(crate) fn copy_output(mut stream: UnixStream, sink: Sink) -> io::Result<oneshot::Receiver<()>> {
+    let (ended, receiver) = oneshot::channel();
+    let (output, mut log) = (sink.output.map(File::from), sink.log);
     spawn("output", move || {
-        copy(&stream, &output);
-        // Whoever read our output is gone: the guest's writer learns it as a broken pipe.
+        let mut chunk = vec![0; CHUNK];
+        while let Some(len @ 1..) = read(&mut stream, &mut chunk) {
+            if let Some(log) = &mut log {
+                log.write(&chunk[..len]);
+            }
+            if output.as_ref().is_some_and(|mut output| output.write_all(&chunk[..len]).is_err()) {
+                break;
+            }
+        }
+        drop(log);
+        // Whoever read our output may be gone: the guest's writer learns it as a broken pipe.
         let _ = stream.shutdown(Shutdown::Both);
-    })
+        drop(ended);
+    })?;
+    Ok(receiver)
 }
 
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
@@ -40,16 +61,18 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<JoinHan
 
 fn copy(mut from: impl Read, mut to: impl Write) {
     let mut chunk = vec![0; CHUNK];
+    while let Some(len @ 1..) = read(&mut from, &mut chunk) {
+        if to.write_all(&chunk[..len]).is_err() {
+            return;
+        }
+    }
+}
+
+fn read(from: &mut impl Read, into: &mut [u8]) -> Option<usize> {
     loop {
-        match from.read(&mut chunk) {
-            Ok(0) => return,
-            Ok(len) => {
-                if to.write_all(&chunk[..len]).is_err() {
-                    return;
-                }
-            }
+        match from.read(into) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(_) => return,
+            other => return other.ok(),
         }
     }
 }
@@ -81,4 +104,13 @@ impl Drop for RawTerminal {
 /// Rows and columns of our terminal, or those of a classic one.
 pub(crate) fn window_size() -> (u16, u16) {
     tcgetwinsize(io::stdin()).map_or((24, 80), |size| (size.ws_row, size.ws_col))
+}
+
+/// Refuses what Docker refuses: a terminal whose input would not be one.
+pub(crate) fn check_terminal(interactive: bool, tty: bool) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        !(interactive && tty) || io::stdin().is_terminal(),
+        "the input device is not a TTY: leave -t out, or run vmrun in a terminal"
+    );
+    Ok(())
 }

@@ -1,0 +1,119 @@
+//! The rules of the tree that a compiler does not know: who may depend on whom, sizes, unsafe code, and a README that is true.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Which members a member may link; the tests may link every one.
+const ALLOWED_EDGES: [(&str, &[&str]); 8] = [
+    ("vmm-api", &[]),
+    ("agent-api", &[]),
+    ("vmm", &["vmm-api"]),
+    ("agent", &["agent-api"]),
+    ("sandbox", &["vmm-api", "agent-api"]),
+    ("vmrun", &["sandbox"]),
+    ("containerd-shim-vm-v2", &["sandbox"]),
+    ("rootfs", &[]),
+];
+
+/// Files that opt in to unsafe code.
+const UNSAFE_FILES: [&str; 5] =
+    ["agent/src/sys.rs", "tests/bench/init.rs", "vmm/src/inherited.rs", "vmm/src/kvm.rs", "vmm/src/probe.rs"];
+
+/// Most lines of a source file before its tests.
+const MAX_FILE_LINES: usize = 500;
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().expect("the workspace")
+}
+
+fn read(path: &str) -> String {
+    fs::read_to_string(root().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
+}
+
+/// Every Rust source of the workspace, relative to its root.
+fn sources() -> Vec<String> {
+    let listed = Command::new("git").args(["ls-files", "*.rs"]).current_dir(root()).output().expect("git runs");
+    let names = String::from_utf8(listed.stdout).expect("file names are UTF-8");
+    assert!(names.contains("vmm/src/main.rs"), "git lists the sources");
+    names.lines().map(str::to_owned).filter(|name| root().join(name).exists()).collect()
+}
+
+/// Lines before the unit tests.
+fn code_lines(text: &str) -> usize {
+    text.lines().take_while(|line| *line != "#[cfg(test)]").count()
+}
+
+fn workspace_edges() -> BTreeMap<String, BTreeSet<String>> {
+    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
+    let printed = Command::new(cargo)
+        .args(["metadata", "--no-deps", "--offline", "--format-version", "1"])
+        .current_dir(root())
+        .output()
+        .expect("cargo runs");
+    let metadata: serde_json::Value = serde_json::from_slice(&printed.stdout).expect("cargo prints JSON");
+    let packages = metadata["packages"].as_array().expect("packages");
+    let name_of = |value: &serde_json::Value| value["name"].as_str().expect("a name").to_owned();
+    let members: BTreeSet<String> = packages.iter().map(name_of).collect();
+    let links = |package: &serde_json::Value| {
+        let dependencies = package["dependencies"].as_array().expect("dependencies");
+        let normal = dependencies.iter().filter(|dependency| dependency["kind"].is_null());
+        normal.map(name_of).filter(|name| members.contains(name)).collect()
+    };
+    packages.iter().map(|package| (name_of(package), links(package))).collect()
+}
+
+#[test]
+fn components_link_only_what_they_may() {
+    let edges = workspace_edges();
+    assert!(edges.contains_key("vmm"));
+    for (member, linked) in edges.iter().filter(|(member, _)| *member != "tests") {
+        let rule = ALLOWED_EDGES.iter().find(|(name, _)| name == member);
+        let (_, allowed) = rule.unwrap_or_else(|| panic!("{member} is not in ALLOWED_EDGES"));
+        let forbidden: Vec<_> = linked.iter().filter(|name| !allowed.contains(&name.as_str())).collect();
+        assert!(forbidden.is_empty(), "{member} must not link {forbidden:?}");
+    }
+}
+
+#[test]
+fn every_function_that_the_readme_follows_exists() {
+    let readme = read("README.md");
+    let section = readme.split("## Follow one container").nth(1).expect("the section").split("\n## ").next();
+    let rows: Vec<&str> = section.expect("the section").lines().filter(|line| line.contains(".rs`")).collect();
+    assert!(rows.len() >= 10, "{rows:?}");
+    for row in rows {
+        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+        let source = read(cells[3].trim_matches('`'));
+        for function in cells[2].split(',').map(|name| name.trim().trim_matches('`')) {
+            let name = function.rsplit("::").next().expect("a name");
+            assert!(source.contains(&format!("fn {name}(")) || source.contains(&format!("fn {name}<")), "{row}");
+        }
+    }
+}
+
+#[test]
+fn the_readme_names_the_command_that_ci_runs() {
+    assert!(read("README.md").contains("    make test"));
+    assert!(read(".ci/run").lines().any(|line| line == "make test"));
+}
+
+#[test]
+fn sources_say_what_they_own_and_stay_small() {
+    for name in sources() {
+        let text = read(&name);
+        assert!(text.starts_with("//!"), "{name} does not open with what it owns");
+        assert!(code_lines(&text) <= MAX_FILE_LINES, "{name} has {} lines", code_lines(&text));
+    }
+}
+
+#[test]
+fn unsafe_code_stands_only_where_it_may() {
+    let opted_in = |name: &String| {
+        let text = read(name);
+        ["expect", "allow"].iter().any(|attribute| text.contains(&format!("#![{attribute}(unsafe_code")))
+    };
+    let found: Vec<String> = sources().into_iter().filter(opted_in).collect();
+    let unexpected: Vec<_> = found.iter().filter(|name| !UNSAFE_FILES.contains(&name.as_str())).collect();
+    assert!(unexpected.is_empty(), "{unexpected:?}");
+}
