@@ -198,9 +198,12 @@ pub(crate) struct RunArgs {
     /// Drop a capability.
     #[arg(long, value_name = "CAPABILITY")]
     pub(crate) cap_drop: Vec<String>,
-    /// Security option: no-new-privileges.
+    /// Security option: no-new-privileges, seccomp=unconfined or seccomp=FILE.
     #[arg(long, value_name = "OPTION")]
     pub(crate) security_opt: Vec<String>,
+    /// Give the container every capability and device, and no seccomp profile. It stays in its VM.
+    #[arg(long)]
+    pub(crate) privileged: bool,
     /// Replace the image's entrypoint.
     #[arg(long, value_name = "COMMAND")]
     pub(crate) entrypoint: Option<String>,

@@ -19,6 +19,7 @@ mod ps;
 mod record;
 mod remove;
 mod run;
+mod seccomp;
 mod signals;
 mod spec;
 mod stats;
