@@ -12,6 +12,8 @@ use std::process::{Command, Output, Stdio};
 use tempfile::TempDir;
 pub use terminal::Terminal;
 
+pub mod python;
+
 /// One story: folders and a root file system, removed at its end, when nothing else of its containers may be left.
 pub struct Story {
     dir: TempDir,

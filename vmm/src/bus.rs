@@ -1,7 +1,7 @@
 //! From the address of an access to the device behind it. Where no device is, reads are all ones and writes are ignored.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use crate::event_loop::lock;
 
@@ -13,10 +13,12 @@ pub trait BusDevice: Send {
     fn write(&mut self, offset: u64, data: &[u8]);
 }
 
-/// One address space: ports or memory. Filled before the first vCPU runs.
+/// One address space: ports or memory. Ranges come and go while the guest runs.
+///
+/// The table of ranges is a leaf in the lock order: it is not held while a device works.
 #[derive(Default)]
 pub struct Bus {
-    ranges: Vec<Range>,
+    ranges: RwLock<Vec<Range>>,
     unclaimed: AtomicU64,
 }
 
@@ -27,15 +29,21 @@ struct Range {
 }
 
 impl Bus {
-    /// Puts a device at `start`. Ranges do not overlap: they are the VMM's own.
-    pub fn insert(&mut self, start: u64, len: u64, device: Arc<Mutex<dyn BusDevice>>) {
-        self.ranges.push(Range { start, len, device });
+    /// Puts a device at `start`. Of two ranges that overlap the older one gets the access.
+    pub fn insert(&self, start: u64, len: u64, device: Arc<Mutex<dyn BusDevice>>) {
+        self.ranges.write().unwrap_or_else(PoisonError::into_inner).push(Range { start, len, device });
+    }
+
+    /// Takes the device away again.
+    pub fn remove<D: BusDevice>(&self, device: &Arc<Mutex<D>>) {
+        let mut ranges = self.ranges.write().unwrap_or_else(PoisonError::into_inner);
+        ranges.retain(|range| !std::ptr::addr_eq(Arc::as_ptr(&range.device), Arc::as_ptr(device)));
     }
 
     /// The guest reads.
     pub fn read(&self, address: u64, data: &mut [u8]) {
         match self.find(address) {
-            Some((offset, device)) => lock(device).read(offset, data),
+            Some((offset, device)) => lock(&device).read(offset, data),
             None => {
                 self.unclaimed.fetch_add(1, Ordering::Relaxed);
                 data.fill(0xff);
@@ -46,7 +54,7 @@ impl Bus {
     /// The guest writes.
     pub fn write(&self, address: u64, data: &[u8]) {
         match self.find(address) {
-            Some((offset, device)) => lock(device).write(offset, data),
+            Some((offset, device)) => lock(&device).write(offset, data),
             None => {
                 self.unclaimed.fetch_add(1, Ordering::Relaxed);
             }
@@ -59,9 +67,10 @@ impl Bus {
         self.unclaimed.load(Ordering::Relaxed)
     }
 
-    fn find(&self, address: u64) -> Option<(u64, &Arc<Mutex<dyn BusDevice>>)> {
-        let range = self.ranges.iter().find(|range| address >= range.start && address - range.start < range.len)?;
-        Some((address - range.start, &range.device))
+    fn find(&self, address: u64) -> Option<(u64, Arc<Mutex<dyn BusDevice>>)> {
+        let ranges = self.ranges.read().unwrap_or_else(PoisonError::into_inner);
+        let range = ranges.iter().find(|range| address >= range.start && address - range.start < range.len)?;
+        Some((address - range.start, range.device.clone()))
     }
 }
 
@@ -84,8 +93,9 @@ mod tests {
 
     #[test]
     fn an_access_reaches_its_device_or_none() {
-        let mut bus = Bus::default();
-        bus.insert(0x10, 4, Arc::new(Mutex::new(Register(0))));
+        let bus = Bus::default();
+        let device = Arc::new(Mutex::new(Register(0)));
+        bus.insert(0x10, 4, device.clone());
         bus.write(0x10, &[5]);
         let mut data = [0; 1];
         bus.read(0x13, &mut data);
@@ -94,5 +104,8 @@ mod tests {
         assert_eq!(data, [0xff]);
         bus.write(u64::MAX, &[1]);
         assert_eq!(bus.unclaimed(), 2);
+        bus.remove(&device);
+        bus.read(0x13, &mut data);
+        assert_eq!(data, [0xff]);
     }
 }

@@ -1,15 +1,19 @@
-//! Serves `vmm_api::control` on the event loop: one JSON object per line.
+//! Serves `vmm_api::control` on the event loop: one JSON object per line, descriptors beside it.
 
-use std::io::{self, Read as _, Write as _};
-use std::os::fd::AsRawFd as _;
+use std::collections::VecDeque;
+use std::io::{self, Write as _};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use vmm_api::control::{Exit, ExitReason, Message, Reply, Request, State};
+use vmm_api::fds;
 
 use crate::event_loop::{EventSet, EventSource};
 use crate::exit::ExitSignal;
+use crate::machine::{add_share, share_name};
 use crate::vcpu::Vcpus;
+use crate::virtio::pci::PciBus;
 
 /// Longest request, in bytes.
 const MAX_REQUEST_LEN: usize = 4096;
@@ -18,15 +22,18 @@ const MAX_REQUEST_LEN: usize = 4096;
 pub struct Control {
     socket: UnixStream,
     received: Vec<u8>,
+    /// Descriptors that came with what was received, for the requests that need one.
+    fds: VecDeque<OwnedFd>,
     vcpus: Arc<Vcpus>,
+    pci: Arc<PciBus>,
     exit: ExitSignal,
 }
 
 impl Control {
     /// Serves `socket`, which must not block.
     #[must_use]
-    pub fn new(socket: UnixStream, vcpus: Arc<Vcpus>, exit: ExitSignal) -> Self {
-        Self { socket, received: Vec::new(), vcpus, exit }
+    pub fn new(socket: UnixStream, vcpus: Arc<Vcpus>, pci: Arc<PciBus>, exit: ExitSignal) -> Self {
+        Self { socket, received: Vec::new(), fds: VecDeque::new(), vcpus, pci, exit }
     }
 
     /// The descriptor to watch for input.
@@ -37,27 +44,30 @@ impl Control {
 
     fn read(&mut self) -> io::Result<()> {
         let mut chunk = [0; MAX_REQUEST_LEN];
-        match self.socket.read(&mut chunk) {
-            Ok(0) => self.exit.end(ExitReason::OwnerGone),
-            Ok(len) => self.received.extend_from_slice(&chunk[..len]),
+        match fds::recv(self.socket.as_fd(), &mut chunk) {
+            Ok((0, _)) => self.exit.end(ExitReason::OwnerGone),
+            Ok((len, fds)) => {
+                self.received.extend_from_slice(&chunk[..len]);
+                self.fds.extend(fds);
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
         }
         while let Some(end) = self.received.iter().position(|byte| *byte == b'\n') {
             let line: Vec<u8> = self.received.drain(..=end).collect();
             let reply = match serde_json::from_slice(&line) {
-                Ok(request) => self.answer(&request),
+                Ok(request) => self.answer(request),
                 Err(error) => Reply::Refused(format!("not a request: {error}")),
             };
             send(&self.socket, &Message::Reply(reply))?;
         }
-        if self.received.len() > MAX_REQUEST_LEN {
+        if self.received.len() > MAX_REQUEST_LEN || self.fds.len() > fds::MAX_FDS {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "a request is too long"));
         }
         Ok(())
     }
 
-    fn answer(&self, request: &Request) -> Reply {
+    fn answer(&mut self, request: Request) -> Reply {
         match request {
             Request::State => Reply::State(if self.vcpus.paused() { State::Paused } else { State::Running }),
             Request::Pause => match self.vcpus.pause() {
@@ -73,6 +83,11 @@ impl Control {
                 Reply::Done
             }
             Request::Stats => Reply::Stats(self.vcpus.stats()),
+            Request::AddShare { tag, cache } => match self.fds.pop_front() {
+                Some(root) => done(add_share(&self.pci, &tag, root, cache, self.vcpus.count())),
+                None => Reply::Refused("no descriptor came with the request".to_owned()),
+            },
+            Request::RemoveShare { tag } => done(self.pci.remove(&share_name(&tag))),
         }
     }
 }
@@ -82,6 +97,13 @@ impl EventSource for Control {
         if let Err(error) = self.read() {
             self.exit.end(ExitReason::VmmError { detail: format!("the control socket failed: {error}") });
         }
+    }
+}
+
+fn done<E: std::error::Error + Send + Sync + 'static>(outcome: Result<(), E>) -> Reply {
+    match outcome {
+        Ok(()) => Reply::Done,
+        Err(error) => Reply::Refused(format!("{:#}", anyhow::Error::from(error))),
     }
 }
 

@@ -5,8 +5,11 @@ use std::io;
 use std::os::fd::{IntoRawFd as _, OwnedFd};
 use std::sync::Arc;
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
-use kvm_ioctls::{Cap, Kvm, VmFd};
+use kvm_bindings::{
+    CpuId, KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY,
+    kvm_pit_config, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use thiserror::Error;
 use vm_memory::{Address as _, GuestMemory as _, GuestMemoryRegion as _, MemoryRegionAddress};
 
@@ -72,9 +75,15 @@ pub fn open(given: Option<OwnedFd>) -> Result<Kvm, KvmError> {
     if found != API_VERSION {
         return Err(KvmError::Version { found });
     }
-    match NEEDED.into_iter().find(|capability| !kvm.check_extension(*capability)) {
+    check_capabilities(|capability| kvm.check_extension(capability))?;
+    Ok(kvm)
+}
+
+/// Names the first capability that is missing.
+fn check_capabilities(has: impl Fn(Cap) -> bool) -> Result<(), KvmError> {
+    match NEEDED.into_iter().find(|capability| !has(*capability)) {
         Some(capability) => Err(KvmError::Capability { capability }),
-        None => Ok(kvm),
+        None => Ok(()),
     }
 }
 
@@ -115,4 +124,46 @@ pub fn create_vm(kvm: &Kvm, memory: &GuestMemory) -> Result<Arc<VmFd>, KvmError>
 pub fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, KvmError> {
     kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(|source| KvmError::Ioctl { ioctl: "KVM_GET_SUPPORTED_CPUID", source })
+}
+
+/// What KVM says of an exit that it calls an internal error (KVM API, 5, `KVM_EXIT_INTERNAL_ERROR`).
+#[must_use]
+pub fn describe_internal_error(vcpu: &mut VcpuFd) -> String {
+    let run = vcpu.get_kvm_run();
+    if run.exit_reason != KVM_EXIT_INTERNAL_ERROR {
+        return format!("exit reason {}", run.exit_reason);
+    }
+    // SAFETY: the exit reason says that this is the union's valid member, which is made of integers.
+    let internal = unsafe { run.__bindgen_anon_1.internal };
+    let count = usize::try_from(internal.ndata).unwrap_or_default().min(internal.data.len());
+    let data = &internal.data[..count];
+    match (internal.suberror, data) {
+        (KVM_INTERNAL_ERROR_EMULATION, []) => "the guest executed what KVM cannot emulate".to_owned(),
+        (KVM_INTERNAL_ERROR_EMULATION, data) => {
+            // Flags, then the length of the instruction in one byte and the bytes themselves.
+            let bytes: Vec<u8> = data.iter().skip(1).flat_map(|word| word.to_le_bytes()).collect();
+            let (len, code) = bytes.split_first().unwrap_or((&0, &[]));
+            let code = &code[..code.len().min((*len).into())];
+            format!("the guest executed what KVM cannot emulate, instruction bytes {code:02x?}")
+        }
+        (suberror, data) => format!("KVM internal error {suberror}, data {data:#x?}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{NEEDED, check_capabilities};
+
+    #[test]
+    fn each_missing_capability_is_named() {
+        assert!(check_capabilities(|_| true).is_ok());
+        let messages: Vec<String> = NEEDED
+            .into_iter()
+            .map(|missing| check_capabilities(|capability| capability as u32 != missing as u32))
+            .map(|refused| refused.expect_err("missing").to_string())
+            .collect();
+        let named =
+            NEEDED.into_iter().zip(&messages).all(|(missing, message)| message.contains(&format!("{missing:?}")));
+        assert!(named, "{messages:?}");
+    }
 }

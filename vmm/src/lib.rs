@@ -19,5 +19,6 @@ pub mod kvm;
 pub mod legacy;
 pub mod machine;
 pub mod memory;
+pub mod signals;
 pub mod vcpu;
 pub mod virtio;

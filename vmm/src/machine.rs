@@ -2,14 +2,15 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
 use kvm_ioctls::{VcpuFd, VmFd};
 use thiserror::Error;
 use vm_memory::{Bytes as _, GuestAddress};
-use vmm_api::VmConfig;
 use vmm_api::control::{Exit, ExitReason};
+use vmm_api::{CachePolicy, VmConfig};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::arch::{cpuid, layout, mptable, pvh, registers};
@@ -23,12 +24,13 @@ use crate::kvm::{self, KvmError};
 use crate::legacy::i8042::{self, I8042};
 use crate::legacy::serial::{self, ConsoleTail, SerialConsole};
 use crate::memory::{self, MemoryError};
+use crate::signals;
 use crate::vcpu::{Buses, Vcpus};
+use crate::virtio::GuestMemory;
 use crate::virtio::fs::{Fs, FsError};
 use crate::virtio::pci::{PciBus, PciError};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Vsock, VsockError};
-use crate::virtio::{GuestMemory, VirtioDevice};
 
 /// Why a VM was not built.
 #[derive(Debug, Error)]
@@ -87,6 +89,7 @@ pub struct Machine {
     _memory: Arc<GuestMemory>,
     vcpus: Vec<VcpuFd>,
     buses: Arc<Buses>,
+    pci: Arc<PciBus>,
     registry: Registry,
     exit: ExitSignal,
     tail: ConsoleTail,
@@ -119,23 +122,25 @@ impl Machine {
         memory.write_slice(&mptable::build(config.vcpus), GuestAddress(layout::MP_TABLE))?;
         let vcpus = create_vcpus(&kvm, &vm, config.vcpus, entry)?;
 
-        let mut pci = PciBus::new(vm.clone(), memory.clone());
-        pci.add(Box::new(Rng::new(registry.clone())))?;
+        let mmio = Arc::new(Bus::default());
+        let pci = Arc::new(PciBus::new(vm.clone(), memory.clone(), mmio.clone()));
+        pci.add("rng", Box::new(Rng::new(registry.clone())))?;
         if let Some(vsock) = &config.vsock {
             let mut host_ports = Vec::new();
             for port in &vsock.host_ports {
                 host_ports.push((port.port, take("a vsock port", port.socket)?));
             }
-            pci.add(Box::new(Vsock::new(vsock, host_ports, registry.clone())?))?;
+            pci.add("vsock", Box::new(Vsock::new(vsock, host_ports, registry.clone())?))?;
         }
         for share in &config.shares {
             let root = take("a share", share.root)?;
-            pci.add(share_device(&share.tag, Fs::new(&share.tag, root, share.cache))?)?;
+            add_share(&pci, &share.tag, root, share.cache, config.vcpus)?;
         }
         let tail = ConsoleTail::default();
         let console = config.console.map(|fd| take("the console", fd)).transpose()?.map(File::from);
-        let buses = Arc::new(buses(pci, SerialConsole::new(tail.clone(), console), exit.clone()));
-        Ok(Self { _vm: vm, _memory: memory, vcpus, buses, registry, exit, tail })
+        let pio = port_bus(&pci, SerialConsole::new(tail.clone(), console), exit.clone());
+        let buses = Arc::new(Buses { pio, mmio });
+        Ok(Self { _vm: vm, _memory: memory, vcpus, buses, pci, registry, exit, tail })
     }
 
     /// Runs the VM to its end.
@@ -143,8 +148,10 @@ impl Machine {
     /// # Errors
     /// When the host refuses a thread or the event loop.
     pub fn run(self, control: &UnixStream) -> io::Result<Exit> {
+        // Before the first thread, which inherits what is blocked.
+        signals::watch(&self.registry, self.exit.clone())?;
         let vcpus = Arc::new(Vcpus::start(self.vcpus, self.buses, &self.exit)?);
-        let control = Control::new(control.try_clone()?, vcpus, self.exit.clone());
+        let control = Control::new(control.try_clone()?, vcpus, self.pci, self.exit.clone());
         let fd = control.as_raw_fd();
         self.registry.add(fd, EventSet::IN, 0, Arc::new(Mutex::new(control)))?;
         self.registry.run(|| self.exit.reason().is_some())?;
@@ -185,20 +192,33 @@ fn create_vcpus(kvm: &kvm_ioctls::Kvm, vm: &VmFd, count: u8, entry: u64) -> Resu
     Ok(vcpus)
 }
 
-fn share_device(tag: &str, share: Result<Fs, FsError>) -> Result<Box<dyn VirtioDevice>, BuildError> {
-    match share {
-        Ok(fs) => Ok(Box::new(fs)),
-        Err(source) => Err(BuildError::Share { tag: tag.to_owned(), source }),
-    }
+/// Plugs a shared directory in.
+///
+/// # Errors
+/// [`BuildError::Share`] and [`BuildError::Pci`].
+pub(crate) fn add_share(
+    pci: &PciBus,
+    tag: &str,
+    root: OwnedFd,
+    cache: CachePolicy,
+    vcpu_count: u8,
+) -> Result<(), BuildError> {
+    let fs =
+        Fs::open(tag, root, cache, vcpu_count).map_err(|source| BuildError::Share { tag: tag.to_owned(), source })?;
+    Ok(pci.add(&share_name(tag), Box::new(fs))?)
 }
 
-fn buses(pci: PciBus, console: SerialConsole, exit: ExitSignal) -> Buses {
-    let mut pio = Bus::default();
+/// What the bus calls the share `tag`.
+pub(crate) fn share_name(tag: &str) -> String {
+    format!("share {tag}")
+}
+
+fn port_bus(pci: &Arc<PciBus>, console: SerialConsole, exit: ExitSignal) -> Bus {
+    let pio = Bus::default();
     pio.insert(serial::PORT, serial::PORT_COUNT, Arc::new(Mutex::new(console)));
     pio.insert(i8042::PORT, i8042::PORT_COUNT, Arc::new(Mutex::new(I8042::new(exit))));
-    let mut mmio = Bus::default();
-    pci.attach(&mut pio, &mut mmio);
-    Buses { pio, mmio }
+    pci.attach(&pio);
+    pio
 }
 
 /// Wakes the loop; what woke it is read elsewhere.

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
 use clap::Parser;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use vmm::control::report_exit;
 use vmm::inherited::InheritedFds;
 use vmm::machine::Machine;
@@ -37,12 +38,14 @@ fn main() -> ExitCode {
 }
 
 fn run(config_fd: i32) -> Result<u8> {
+    raise_descriptor_limit().context("cannot raise the limit of open files")?;
     let mut fds = InheritedFds::default();
     let config = File::from(fds.take(Fd(config_fd)).context("--config-fd is not an open descriptor")?);
     let config: VmConfig = serde_json::from_reader(config).context("cannot read the configuration")?;
     let control = fds.take(config.control).context("the control socket is not an open descriptor")?;
     let control = UnixStream::from(control);
     control.set_nonblocking(true)?;
+    report_panics(control.try_clone()?);
     let exit = match Machine::build(&config, &mut fds) {
         Ok(machine) => machine.run(&control).context("cannot run the VM")?,
         Err(error) => {
@@ -53,4 +56,21 @@ fn run(config_fd: i32) -> Result<u8> {
     let code = exit.reason.code();
     report_exit(&control, exit);
     Ok(code)
+}
+
+/// A panic is a fault of ours: the owner learns of it before the process aborts.
+fn report_panics(control: UnixStream) {
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let detail = format!("this is a bug in vmm: {panic}");
+        report_exit(&control, Exit { reason: ExitReason::VmmError { detail }, console_tail: String::new() });
+        print(panic);
+    }));
+}
+
+/// Shares hold a descriptor for each inode that the guest knows; the soft limit is made for programs that use select(2).
+fn raise_descriptor_limit() -> std::io::Result<()> {
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })?;
+    Ok(())
 }

@@ -4,6 +4,7 @@
 //!   Running ──pause──► Paused ──resume──► Running ──exit reason──► thread ends, the VM ends
 //! ```
 
+use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -18,13 +19,14 @@ use crate::arch::registers;
 use crate::bus::Bus;
 use crate::event_loop::lock;
 use crate::exit::ExitSignal;
+use crate::kvm;
 
 /// The two address spaces of the guest's devices.
 pub struct Buses {
     /// Ports.
     pub pio: Bus,
     /// Memory.
-    pub mmio: Bus,
+    pub mmio: Arc<Bus>,
 }
 
 /// Exits from the guest to us.
@@ -32,6 +34,7 @@ pub struct Buses {
 pub struct ExitCounts {
     port: AtomicU64,
     mmio: AtomicU64,
+    interrupted: AtomicU64,
     other: AtomicU64,
 }
 
@@ -72,8 +75,15 @@ impl Vcpus {
         let counts = Arc::new(ExitCounts::default());
         let mut threads = Vec::new();
         for (index, fd) in vcpus.into_iter().enumerate() {
-            let vcpu =
-                Vcpu { fd, buses: buses.clone(), gate: gate.clone(), counts: counts.clone(), exit: exit.clone() };
+            let vcpu = Vcpu {
+                index,
+                fd,
+                last_access: Access::None,
+                buses: buses.clone(),
+                gate: gate.clone(),
+                counts: counts.clone(),
+                exit: exit.clone(),
+            };
             threads.push(thread::Builder::new().name(format!("vcpu{index}")).spawn(move || vcpu.run())?);
         }
         Ok(Self { threads, gate, counts, buses })
@@ -108,6 +118,12 @@ impl Vcpus {
         self.gate.changed.notify_all();
     }
 
+    /// Number of vCPUs.
+    #[must_use]
+    pub fn count(&self) -> u8 {
+        u8::try_from(self.threads.len()).unwrap_or(u8::MAX)
+    }
+
     /// Whether vCPUs are stopped.
     #[must_use]
     pub fn paused(&self) -> bool {
@@ -120,6 +136,7 @@ impl Vcpus {
         Stats {
             port_exits: self.counts.port.load(Ordering::Relaxed),
             mmio_exits: self.counts.mmio.load(Ordering::Relaxed),
+            interrupted_exits: self.counts.interrupted.load(Ordering::Relaxed),
             other_exits: self.counts.other.load(Ordering::Relaxed),
             unclaimed_accesses: self.buses.pio.unclaimed() + self.buses.mmio.unclaimed(),
         }
@@ -130,7 +147,9 @@ impl Vcpus {
 extern "C" fn ignore_kick(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
 struct Vcpu {
+    index: usize,
     fd: VcpuFd,
+    last_access: Access,
     buses: Arc<Buses>,
     gate: Arc<Gate>,
     counts: Arc<ExitCounts>,
@@ -163,46 +182,76 @@ impl Vcpu {
 
     /// Runs the guest until its next exit; returns why the VM ends, if it does.
     fn run_once(&mut self) -> Option<ExitReason> {
-        let count = |counter: &AtomicU64| {
-            counter.fetch_add(1, Ordering::Relaxed);
-        };
         let detail = match self.fd.run() {
             Ok(VcpuExit::IoIn(port, data)) => {
+                self.last_access = Access::Port(port);
                 count(&self.counts.port);
                 self.buses.pio.read(port.into(), data);
                 return None;
             }
             Ok(VcpuExit::IoOut(port, data)) => {
+                self.last_access = Access::Port(port);
                 count(&self.counts.port);
                 self.buses.pio.write(port.into(), data);
                 return None;
             }
             Ok(VcpuExit::MmioRead(address, data)) => {
+                self.last_access = Access::Memory(address);
                 count(&self.counts.mmio);
                 self.buses.mmio.read(address, data);
                 return None;
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
+                self.last_access = Access::Memory(address);
                 count(&self.counts.mmio);
                 self.buses.mmio.write(address, data);
                 return None;
             }
-            Ok(VcpuExit::Shutdown) => {
-                return Some(ExitReason::TripleFault { registers: registers::describe(&self.fd) });
-            }
+            Ok(VcpuExit::Intr) => return self.interrupted(),
+            Err(error) if interrupts(error) => return self.interrupted(),
+            Ok(VcpuExit::Shutdown) => None,
             Ok(VcpuExit::SystemEvent(..)) => return Some(ExitReason::GuestReset),
-            Ok(VcpuExit::Intr) => None,
             Ok(VcpuExit::FailEntry(reason, cpu)) => Some(format!("entry failed on CPU {cpu}, reason {reason:#x}")),
-            Ok(VcpuExit::InternalError) => Some("the guest did something that KVM cannot emulate".to_owned()),
+            Ok(VcpuExit::InternalError) => Some(kvm::describe_internal_error(&mut self.fd)),
             Ok(other) => Some(format!("unexpected exit {other:?}")),
-            Err(error)
-                if matches!(io::Error::from(error).kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) =>
-            {
-                None
-            }
             Err(error) => Some(format!("KVM_RUN: {error}")),
         };
         count(&self.counts.other);
-        detail.map(|detail| ExitReason::KvmError { detail: format!("{detail}; {}", registers::describe(&self.fd)) })
+        let registers = format!("vCPU {}: {}, {}", self.index, registers::describe(&self.fd), self.last_access);
+        Some(match detail {
+            Some(detail) => ExitReason::KvmError { detail: format!("{detail}; {registers}") },
+            None => ExitReason::TripleFault { registers },
+        })
     }
+
+    /// A kick has done its work.
+    fn interrupted(&self) -> Option<ExitReason> {
+        count(&self.counts.interrupted);
+        None
+    }
+}
+
+/// A vCPU's last access to a device: where it was, when its registers no longer say so.
+enum Access {
+    None,
+    Port(u16),
+    Memory(u64),
+}
+
+impl fmt::Display for Access {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::None => f.write_str("no access to a device yet"),
+            Self::Port(port) => write!(f, "last access to a device: port {port:#x}"),
+            Self::Memory(address) => write!(f, "last access to a device: address {address:#x}"),
+        }
+    }
+}
+
+fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}
+
+fn interrupts(error: kvm_ioctls::Error) -> bool {
+    matches!(io::Error::from(error).kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock)
 }

@@ -107,6 +107,16 @@ impl AgentClient {
         Ok(bounded("ListProcesses", call).await?.processes)
     }
 
+    pub(crate) async fn add_share(&self, tag: &str) -> Result<(), CallError> {
+        let request = message::ShareRequest { tag: tag.to_owned(), ..Default::default() };
+        bounded("AddShare", self.0.add_share(context::with_duration(CALL_DEADLINE), &request)).await.map(drop)
+    }
+
+    pub(crate) async fn remove_share(&self, tag: &str) -> Result<(), CallError> {
+        let request = message::ShareRequest { tag: tag.to_owned(), ..Default::default() };
+        bounded("RemoveShare", self.0.remove_share(context::with_duration(CALL_DEADLINE), &request)).await.map(drop)
+    }
+
     /// The guest may reset before it answers, so there is nothing to report.
     pub(crate) async fn shutdown(&self) {
         let request = message::Empty::new();

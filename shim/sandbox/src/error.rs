@@ -127,3 +127,26 @@ pub enum CallError {
         deadline_ms: u64,
     },
 }
+
+/// Why a request to the VM itself failed.
+#[derive(Debug, Error)]
+pub enum ControlError {
+    /// The VMM answered with an error.
+    #[error("{message}")]
+    Refused {
+        /// The VMM's words.
+        message: String,
+    },
+    /// The VMM did not answer in time.
+    #[error("the VMM did not answer within {deadline_ms} ms")]
+    Deadline {
+        /// The deadline that passed.
+        deadline_ms: u128,
+    },
+    /// The VMM is gone.
+    #[error("the VMM is gone")]
+    Gone(#[source] io::Error),
+    /// The guest did not take its part.
+    #[error("the guest did not follow")]
+    Agent(#[source] CallError),
+}

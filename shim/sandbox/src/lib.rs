@@ -15,16 +15,18 @@ pub mod plan;
 pub mod share;
 pub mod state;
 mod streams;
+mod vm;
+mod vmm_control;
 mod vmm_process;
 
 pub use agent_api::message;
 use agent_client::AgentClient;
 pub use boot::{BootRequest, BootTimes};
-pub use error::{BootError, CallError};
+pub use error::{BootError, CallError, ControlError};
 pub use streams::ProcessStreams;
 use streams::StreamTable;
 pub use vmm_api::CachePolicy;
-pub use vmm_api::control::{Exit, ExitReason, Stats as VmmStats};
+pub use vmm_api::control::{Exit, ExitReason, State as VmState, Stats as VmmStats};
 pub use vmm_api::fds;
 use vmm_process::VmmProcess;
 

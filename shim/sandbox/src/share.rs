@@ -7,6 +7,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -119,11 +120,41 @@ fn mount_volumes(volumes: &[Volume], scratch: &Path) -> io::Result<OwnedFd> {
     clone_tree(scratch)
 }
 
-/// No device of the host is ever reached through a share.
+/// No device of the host is ever reached through a share, and read-only holds for every mount below `target` too.
 fn restrict(target: &Path, read_only: bool) -> io::Result<()> {
     let read_only = if read_only { MountFlags::RDONLY } else { MountFlags::empty() };
-    mount_remount(target, MountFlags::BIND | MountFlags::NODEV | read_only, "")?;
+    for mount_point in mount_points(&fs::read("/proc/thread-self/mountinfo")?) {
+        if mount_point.starts_with(target) {
+            mount_remount(mount_point.as_path(), MountFlags::BIND | MountFlags::NODEV | read_only, "")?;
+        }
+    }
     Ok(())
+}
+
+/// Where mountinfo (proc_pid_mountinfo(5)) says that something is mounted: its fifth field.
+fn mount_points(mountinfo: &[u8]) -> Vec<PathBuf> {
+    let lines = mountinfo.split(|byte| *byte == b'\n');
+    lines.filter_map(|line| line.split(|byte| *byte == b' ').nth(4)).map(unescape_octal).collect()
+}
+
+/// Blanks, tabs, line ends and backslashes of a path are written as a backslash and three octal digits.
+fn unescape_octal(field: &[u8]) -> PathBuf {
+    let mut bytes = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((first, tail)) = rest.split_first() {
+        let digits = tail.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
+        match digits.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            Some(byte) if *first == b'\\' => {
+                bytes.push(byte);
+                rest = &tail[3..];
+            }
+            _ => {
+                bytes.push(*first);
+                rest = tail;
+            }
+        }
+    }
+    PathBuf::from(std::ffi::OsString::from_vec(bytes))
 }
 
 fn clone_tree(path: &Path) -> io::Result<OwnedFd> {
@@ -160,4 +191,18 @@ pub fn open_in_tree(tree: &OwnedFd, path: &str) -> io::Result<File> {
         return Err(io::Error::from(io::ErrorKind::InvalidInput));
     }
     Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::mount_points;
+
+    #[test]
+    fn mount_points_are_read_with_their_blanks() {
+        let mountinfo =
+            b"36 35 98:0 /mnt1 /a\\040b\\134 rw,noatime master:1 - ext3 /dev/root rw\n37 36 0:1 / /c ro - tmpfs t rw\n";
+        assert_eq!(mount_points(mountinfo), [PathBuf::from("/a b\\"), PathBuf::from("/c")]);
+    }
 }

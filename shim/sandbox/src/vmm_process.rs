@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io::{self, Seek as _, Write as _};
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
@@ -14,15 +14,16 @@ use agent_api::{CONTROL_PORT, STREAM_PORT};
 use command_fds::{CommandFdExt as _, FdMapping};
 use rustix::fs::MemfdFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::net::{UnixDatagram, UnixStream};
 use tokio::process::{Child, Command};
-use tokio::sync::watch;
-use vmm_api::control::{Exit, ExitReason, Message, Request};
+use tokio::sync::{mpsc, watch};
+use vmm_api::control::{Exit, ExitReason, Message, Reply, Request};
 use vmm_api::{CachePolicy, Fd, HostPort, ShareConfig, VmConfig, VsockConfig};
 
-use crate::BootError;
 use crate::plan::VmSize;
+use crate::vmm_control::VmmControl;
+use crate::{BootError, ControlError};
 
 /// What a VMM is spawned with.
 pub(crate) struct Spawn {
@@ -39,7 +40,7 @@ pub(crate) struct Spawn {
 /// A running VMM.
 pub(crate) struct VmmProcess {
     pid: u32,
-    requests: tokio::sync::Mutex<tokio::net::unix::OwnedWriteHalf>,
+    control: VmmControl,
     ended: watch::Receiver<Option<Exit>>,
     killer: std::sync::Arc<tokio::sync::Notify>,
 }
@@ -69,6 +70,10 @@ pub(crate) async fn accept(port: &UnixDatagram) -> io::Result<std::os::unix::net
 
 /// Longest wait for a VMM that was told to end, before it is killed.
 const END_DEADLINE: Duration = Duration::from_millis(1500);
+/// Longest wait for the control socket before that.
+const TELL_DEADLINE: Duration = Duration::from_millis(200);
+/// Answers that may wait for whoever asked.
+const MAX_UNREAD_REPLIES: usize = 16;
 
 impl VmmProcess {
     /// Spawns the VMM; it begins to boot at once.
@@ -109,6 +114,8 @@ impl VmmProcess {
         let mut command = Command::new(&spawn.program);
         command.arg("--config-fd").arg(config_fd.0.to_string());
         command.env_clear().stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::inherit()).kill_on_drop(true);
+        // An interrupt at the terminal is for the container; its owner passes it on.
+        command.process_group(0);
         command.fd_mappings(passed.0).map_err(|_| BootError::Host {
             action: "hand descriptors to the VMM",
             source: io::ErrorKind::InvalidInput.into(),
@@ -123,12 +130,18 @@ impl VmmProcess {
         let (ended_tx, ended) = watch::channel(None);
         let killer = std::sync::Arc::new(tokio::sync::Notify::new());
         let pid = child.id().unwrap_or_default();
-        tokio::spawn(watch_child(child, messages, killer.clone(), ended_tx));
-        Self { pid, requests: requests.into(), ended, killer }
+        let (answered, replies) = mpsc::channel(MAX_UNREAD_REPLIES);
+        tokio::spawn(watch_child(child, messages, answered, killer.clone(), ended_tx));
+        Self { pid, control: VmmControl::new(requests, replies), ended, killer }
     }
 
     pub(crate) fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// Asks the VMM for something; see [`VmmControl::ask`].
+    pub(crate) async fn ask(&self, request: &Request, fd: Option<BorrowedFd<'_>>) -> Result<Reply, ControlError> {
+        self.control.ask(request, fd).await
     }
 
     /// Waits for the end of the VM.
@@ -140,12 +153,9 @@ impl VmmProcess {
 
     /// Ends the VM: asks for it, then kills.
     pub(crate) async fn end(&self) {
-        if let Ok(mut line) = serde_json::to_vec(&Request::Shutdown) {
-            line.push(b'\n');
-            // A VMM that has ended already does not read this; its end is what we wait for.
-            let _ = self.requests.lock().await.write_all(&line).await;
-        }
-        if tokio::time::timeout(END_DEADLINE, self.ended()).await.is_err() {
+        // Somebody else's request may hold the socket; the end does not wait for its answer.
+        let told = tokio::time::timeout(TELL_DEADLINE, self.control.tell(&Request::Shutdown)).await;
+        if told.is_err() || tokio::time::timeout(END_DEADLINE, self.ended()).await.is_err() {
             self.kill().await;
         }
     }
@@ -161,6 +171,7 @@ impl VmmProcess {
 async fn watch_child(
     mut child: Child,
     messages: tokio::net::unix::OwnedReadHalf,
+    answered: mpsc::Sender<Reply>,
     killer: std::sync::Arc<tokio::sync::Notify>,
     ended: watch::Sender<Option<Exit>>,
 ) {
@@ -169,11 +180,12 @@ async fn watch_child(
     loop {
         tokio::select! {
             line = lines.next_line() => match line {
-                Ok(Some(line)) => {
-                    if let Ok(Message::Exited(exit)) = serde_json::from_str(&line) {
-                        reported = Some(exit);
-                    }
-                }
+                Ok(Some(line)) => match serde_json::from_str(&line) {
+                    Ok(Message::Exited(exit)) => reported = Some(exit),
+                    // More answers than questions would be a fault of the VMM; they are dropped.
+                    Ok(Message::Reply(reply)) => drop(answered.try_send(reply)),
+                    Err(error) => tracing::warn!(%error, "the VMM said what nobody understands"),
+                },
                 Ok(None) | Err(_) => break,
             },
             () = killer.notified() => {

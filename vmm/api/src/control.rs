@@ -1,4 +1,5 @@
 //! Control of a running VM: one JSON object per line, each way, over the connected stream socket of `VmConfig::control`.
+//! A request that needs a descriptor carries it by `SCM_RIGHTS` with its first byte (see [`crate::fds`]).
 //!
 //! A request is answered by one [`Reply`]. The VMM also sends [`Message::Exited`] on its own, as its last line, when the VM
 //! ended; after that it closes the socket and its process ends with [`ExitReason::code`].
@@ -6,6 +7,8 @@
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+
+use crate::CachePolicy;
 
 /// What a caller can ask of a VM.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
@@ -21,6 +24,19 @@ pub enum Request {
     Shutdown,
     /// Counters of the VMM.
     Stats,
+    /// Plug a shared directory in: the directory's descriptor comes with the request, the device appears on the guest's
+    /// PCI bus, and the guest looks for it when it is told to.
+    AddShare {
+        /// Mount tag, as in [`crate::ShareConfig`].
+        tag: String,
+        /// How long the guest may trust what it cached.
+        cache: CachePolicy,
+    },
+    /// Pull a shared directory out. The guest should have unmounted it.
+    RemoveShare {
+        /// Its mount tag.
+        tag: String,
+    },
 }
 
 /// What the VMM writes to the control socket.
@@ -64,6 +80,8 @@ pub struct Stats {
     pub port_exits: u64,
     /// Exits from `KVM_RUN` to the VMM that read or wrote MMIO.
     pub mmio_exits: u64,
+    /// Returns of `KVM_RUN` because a signal asked for it, as a pause does.
+    pub interrupted_exits: u64,
     /// Every other return of `KVM_RUN`.
     pub other_exits: u64,
     /// Accesses to ports or addresses where no device is.
@@ -87,7 +105,7 @@ pub enum ExitReason {
     GuestReset,
     /// The guest took a triple fault.
     TripleFault {
-        /// Registers of the vCPU at the fault.
+        /// What is known of the vCPU: its registers, unless the CPU has reset them, and its last access to a device.
         registers: String,
     },
     /// KVM could not run the guest on.
@@ -112,11 +130,13 @@ pub enum ExitReason {
 }
 
 impl ExitReason {
-    /// Exit status of the VMM process for this reason: 0 for an end that was asked for, else 1.
+    /// Exit status of the VMM process for this reason: 0 for an end that was asked for, 128 and its number for a signal,
+    /// else 1.
     #[must_use]
     pub fn code(&self) -> u8 {
         match self {
-            Self::GuestReset | Self::Requested | Self::OwnerGone | Self::Signal { .. } => 0,
+            Self::GuestReset | Self::Requested | Self::OwnerGone => 0,
+            Self::Signal { signal } => u8::try_from(128 + signal).unwrap_or(u8::MAX),
             Self::TripleFault { .. } | Self::KvmError { .. } | Self::VmmError { .. } => 1,
         }
     }

@@ -14,6 +14,9 @@ const MSR_IA32_MISC_ENABLE_FAST_STRING: u64 = 1;
 const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
 /// MTRRs on, everything write-back.
 const MTRR_WRITE_BACK: u64 = 1 << 11 | 6;
+/// Where a CPU begins after a reset (Intel SDM, volume 3, 10.1.4).
+const RESET_RIP: u64 = 0xfff0;
+const RESET_CS: u16 = 0xf000;
 const LAPIC_LVT_LINT0: usize = 0x350;
 const LAPIC_LVT_LINT1: usize = 0x360;
 const DELIVERY_NMI: u32 = 4 << 8;
@@ -62,14 +65,17 @@ pub fn set_common(vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
     vcpu.set_lapic(&lapic)
 }
 
-/// The registers that explain a triple fault.
+/// The registers that explain a triple fault. AMD's SVM loses them: KVM has reset the vCPU before we see it.
 #[must_use]
 pub fn describe(vcpu: &VcpuFd) -> String {
-    match (vcpu.get_regs(), vcpu.get_sregs()) {
-        (Ok(regs), Ok(sregs)) => format!(
-            "rip={:#x} rsp={:#x} rax={:#x} rflags={:#x} cr0={:#x} cr2={:#x} cr3={:#x} cr4={:#x} efer={:#x}",
-            regs.rip, regs.rsp, regs.rax, regs.rflags, sregs.cr0, sregs.cr2, sregs.cr3, sregs.cr4, sregs.efer
-        ),
-        _ => "registers cannot be read".to_owned(),
+    let (Ok(regs), Ok(sregs)) = (vcpu.get_regs(), vcpu.get_sregs()) else {
+        return "registers cannot be read".to_owned();
+    };
+    if regs.rip == RESET_RIP && sregs.cs.selector == RESET_CS {
+        return "registers are those after a reset, the earlier ones are lost on this CPU".to_owned();
     }
+    format!(
+        "rip={:#x} rsp={:#x} rax={:#x} rflags={:#x} cr0={:#x} cr2={:#x} cr3={:#x} cr4={:#x} efer={:#x}",
+        regs.rip, regs.rsp, regs.rax, regs.rflags, sregs.cr0, sregs.cr2, sregs.cr3, sregs.cr4, sregs.efer
+    )
 }

@@ -9,26 +9,30 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::process::{Resource, getrlimit};
 use thiserror::Error;
+use virtio_queue::QueueT as _;
 use virtiofsd::passthrough::{self, PassthroughFs};
 use virtiofsd::server::Server;
 use vmm_api::CachePolicy;
 
 use super::{ActivateError, Activation, VirtioDevice};
+use checked::CheckedFs;
 use worker::Worker;
 
+mod checked;
 mod worker;
 
 const VIRTIO_ID_FS: u16 = 26;
 const TAG_LEN: usize = 36;
 const QUEUE_SIZE: u16 = 128;
-/// The high-priority queue and one request queue.
-const QUEUE_SIZES: [u16; 2] = [QUEUE_SIZE; 2];
+/// Most request queues; the guest spreads its CPUs over them.
+pub const MAX_REQUEST_QUEUES: u8 = 4;
 /// How long the guest trusts what it was told under [`CachePolicy::Auto`].
 const AUTO_TIMEOUT: Duration = Duration::from_secs(1);
 const ALWAYS_TIMEOUT: Duration = Duration::from_secs(86_400);
-/// Most descriptors that one share holds open for the guest.
-const GUEST_FD_LIMIT: u64 = 200_000;
+/// Every inode that the guest knows holds a descriptor here, so a share may use this part of the process's limit.
+const GUEST_FD_SHARE: u64 = 4;
 
 /// Why a directory is not shared.
 #[derive(Debug, Error)]
@@ -44,27 +48,37 @@ pub enum FsError {
 /// The device.
 pub struct Fs {
     config: Vec<u8>,
-    server: Arc<Server<PassthroughFs>>,
+    queue_sizes: Vec<u16>,
+    server: Arc<Server<CheckedFs>>,
     workers: Vec<Worker>,
     _root: OwnedFd,
 }
 
 impl Fs {
-    /// Shares the directory `root` under `tag`.
+    /// Shares the directory `root` under `tag`, with 1 to [`MAX_REQUEST_QUEUES`] request queues.
     ///
     /// # Errors
     /// Each variant of [`FsError`].
-    pub fn new(tag: &str, root: OwnedFd, cache: CachePolicy) -> Result<Self, FsError> {
+    pub fn open(tag: &str, root: OwnedFd, cache: CachePolicy, request_queues: u8) -> Result<Self, FsError> {
         if tag.is_empty() || tag.len() > TAG_LEN {
             return Err(FsError::Tag);
         }
         // virtio_fs_config (VIRTIO 1.2, 5.11.4): the tag, padded with zeros, and the number of request queues.
         let mut config = tag.as_bytes().to_vec();
         config.resize(TAG_LEN, 0);
-        config.extend_from_slice(&1_u32.to_le_bytes());
+        let request_queues = request_queues.clamp(1, MAX_REQUEST_QUEUES);
+        config.extend_from_slice(&u32::from(request_queues).to_le_bytes());
         let fs = PassthroughFs::new(passthrough_config(&root, cache)).map_err(FsError::Open)?;
         fs.open_root_node().map_err(FsError::Open)?;
-        Ok(Self { config, server: Arc::new(Server::new(fs)), workers: Vec::new(), _root: root })
+        let missing_timeout = if cache == CachePolicy::Always { ALWAYS_TIMEOUT } else { Duration::ZERO };
+        Ok(Self {
+            config,
+            // The high-priority queue comes first.
+            queue_sizes: vec![QUEUE_SIZE; usize::from(request_queues) + 1],
+            server: Arc::new(Server::new(CheckedFs::new(fs, missing_timeout))),
+            workers: Vec::new(),
+            _root: root,
+        })
     }
 }
 
@@ -74,18 +88,28 @@ fn passthrough_config(root: &OwnedFd, cache: CachePolicy) -> passthrough::Config
         CachePolicy::Auto => (passthrough::CachePolicy::Auto, AUTO_TIMEOUT),
         CachePolicy::Always => (passthrough::CachePolicy::Always, ALWAYS_TIMEOUT),
     };
+    let descriptor_limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
     passthrough::Config {
         // The final dot makes the lookup go through the link to the directory itself.
         root_dir: format!("/proc/self/fd/{}/.", root.as_raw_fd()),
         cache_policy: policy,
         entry_timeout: timeout,
         attr_timeout: timeout,
+        // The guest's kernel then holds dirty pages and owns the modification time, which only a private tree allows.
         writeback: cache == CachePolicy::Always,
         xattr: true,
+        posix_acl: passthrough::NegotiationMode::Auto,
         announce_submounts: true,
         readdirplus: true,
-        killpriv_v2: false,
-        guest_fd_limit: GUEST_FD_LIMIT,
+        // Without it the guest asks for `security.capability` before each write.
+        killpriv_v2: true,
+        // A file that the guest may not cache can still be mapped shared.
+        allow_mmap: cache == CachePolicy::Never,
+        // O_DIRECT bypasses the guest's page cache; the host's serves it, whatever the file system below can do.
+        allow_direct_io: false,
+        // A handle would spare the descriptor but needs CAP_DAC_READ_SEARCH on the host, and overlayfs gives none.
+        inode_file_handles: passthrough::InodeFileHandlesMode::Never,
+        guest_fd_limit: descriptor_limit / GUEST_FD_SHARE,
         ..Default::default()
     }
 }
@@ -96,7 +120,7 @@ impl VirtioDevice for Fs {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
+        &self.queue_sizes
     }
 
     fn features(&self) -> u64 {
@@ -108,7 +132,8 @@ impl VirtioDevice for Fs {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        for (index, queue) in activation.queues.into_iter().enumerate() {
+        // A driver with fewer CPUs than queues leaves some alone.
+        for (index, queue) in activation.queues.into_iter().enumerate().filter(|(_, queue)| queue.queue.ready()) {
             let worker = Worker::spawn(index, queue, activation.memory.clone(), self.server.clone())
                 .map_err(|source| ActivateError::Host { action: "start a worker of a share", source })?;
             self.workers.push(worker);

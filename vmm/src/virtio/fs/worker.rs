@@ -7,11 +7,11 @@ use std::thread::{self, JoinHandle};
 
 use virtio_queue::QueueT as _;
 use virtiofsd::descriptor_utils::{Reader, Writer};
-use virtiofsd::passthrough::PassthroughFs;
 use virtiofsd::server::Server;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::checked::CheckedFs;
 use crate::virtio::{ActiveQueue, GuestMemory};
 
 /// A ring that claims requests and gives none this many times in a row is broken.
@@ -31,7 +31,7 @@ impl Worker {
         index: usize,
         queue: ActiveQueue,
         memory: Arc<GuestMemory>,
-        server: Arc<Server<PassthroughFs>>,
+        server: Arc<Server<CheckedFs>>,
     ) -> io::Result<Self> {
         let stop = EventFd::new(EFD_NONBLOCK)?;
         let doorbell = Doorbell::create(&queue.kick, &stop)?;
@@ -62,7 +62,7 @@ impl Drop for Worker {
 struct Serving {
     queue: ActiveQueue,
     memory: Arc<GuestMemory>,
-    server: Arc<Server<PassthroughFs>>,
+    server: Arc<Server<CheckedFs>>,
     stopping: EventFd,
 }
 

@@ -85,18 +85,33 @@ impl ConfigSpace {
         }
     }
 
-    /// Writes registers; bits that are not writable stay.
-    pub(super) fn write(&mut self, at: usize, data: &[u8]) {
-        if at == BAR0 && data.len() == 4 {
-            // Sizing (PCI 3.0, 6.2.5.1). The window does not move, so any other value reads back as the address.
-            self.sizing = data == [0xff; 4];
-            return;
+    /// Writes registers; bits that are not writable stay. Returns the new address of the window when it has moved.
+    pub(super) fn write(&mut self, at: usize, data: &[u8]) -> Option<u32> {
+        if at == BAR0
+            && let Ok(bytes) = data.try_into()
+        {
+            return self.write_window(u32::from_le_bytes(bytes));
         }
         for (offset, byte) in (at..).zip(data) {
             if let (Some(current), Some(mask)) = (self.bytes.get_mut(offset), self.writable.get(offset)) {
                 *current = (*current & !mask) | (byte & mask);
             }
         }
+        None
+    }
+
+    /// All ones asks for the size (PCI 3.0, 6.2.5.1), anything else is an address.
+    fn write_window(&mut self, value: u32) -> Option<u32> {
+        let (current, len) = self.window?;
+        self.sizing = value == u32::MAX;
+        let address = value & !(len - 1);
+        // Nothing is ever at address 0; a driver writes it while it looks around.
+        if self.sizing || address == 0 || address == current {
+            return None;
+        }
+        self.window = Some((address, len));
+        self.set_u32(BAR0, address);
+        Some(address)
     }
 
     /// One register of two bytes.
@@ -140,12 +155,25 @@ mod tests {
     }
 
     #[test]
-    fn a_window_can_be_sized_and_keeps_its_address() {
+    fn a_window_can_be_sized_and_moved() {
         let mut space = space();
-        space.write(BAR0, &[0xff; 4]);
+        assert_eq!(space.write(BAR0, &[0xff; 4]), None);
         assert_eq!(read_u32(&space, BAR0), 0xffff_8000);
-        space.write(BAR0, &0xdead_0000_u32.to_le_bytes());
+        assert_eq!(space.write(BAR0, &0xc000_0000_u32.to_le_bytes()), None);
         assert_eq!(read_u32(&space, BAR0), 0xc000_0000);
+        assert_eq!(space.write(BAR0, &0xdead_1234_u32.to_le_bytes()), Some(0xdead_0000));
+        assert_eq!(read_u32(&space, BAR0), 0xdead_0000);
+        assert_eq!(space.write(BAR0, &[0; 4]), None);
+        assert_eq!(space.write(BAR0 + 2, &[0xff; 2]), None);
+        assert_eq!(read_u32(&space, BAR0), 0xdead_0000);
+    }
+
+    #[test]
+    fn a_function_without_a_window_has_none_to_move() {
+        let mut bridge = super::host_bridge();
+        assert_eq!(bridge.write(BAR0, &[0xff; 4]), None);
+        assert_eq!(bridge.write(BAR0, &[0x12; 4]), None);
+        assert_eq!(read_u32(&bridge, BAR0), 0);
     }
 
     #[test]
@@ -166,7 +194,7 @@ mod tests {
             let mut space = space();
             let before = space.clone();
             space.write(at, &data);
-            space.write(BAR0, &[0; 4]);
+            space.write(BAR0, &0xc000_0000_u32.to_le_bytes());
             for offset in (0..256).step_by(4).filter(|offset| *offset != COMMAND) {
                 prop_assert_eq!(read_u32(&space, offset), read_u32(&before, offset));
             }

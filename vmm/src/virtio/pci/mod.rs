@@ -1,17 +1,20 @@
-//! The PCI bus of the guest: a host bridge and up to 31 virtio devices (VIRTIO 1.2, 4.1, modern only).
+//! The PCI bus of the guest: a host bridge and up to 31 virtio devices (VIRTIO 1.2, 4.1, modern only), which come and go
+//! while the guest runs; the guest scans the bus when its agent is told to.
 //!
 //! Configuration space is reached through the ports 0xcf8 and 0xcfc (PCI 3.0, 3.2.2.3.2). Each device has one 32-bit memory
-//! window at a fixed address; the driver may size it but not move it.
+//! window, placed by us and moved by a guest that finds it after its boot: Linux then gives it another address.
 //!
 //! Decided: an interrupt is the ioctl `KVM_SIGNAL_MSI` with the vector's own address and data. Because: it costs the one
 //! system call that writing an irqfd would, needs no routing table, and so no grace period when the guest sets up its
 //! vectors. Instead of: one irqfd and one routing entry per vector.
+//!
+//! Lock order: the configuration ports, then the slot table, then a device's transport, then its vector table. The memory
+//! bus's table of ranges is a leaf, and no lock of a device's own is held when the slot table is taken.
 
 use std::sync::{Arc, Mutex};
 
-use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use kvm_ioctls::VmFd;
 use thiserror::Error;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{GuestMemory, VirtioDevice};
 use crate::arch::layout::PCI_WINDOW_START;
@@ -19,9 +22,11 @@ use crate::bus::{Bus, BusDevice};
 use crate::event_loop::lock;
 
 mod config_space;
+mod doorbells;
 mod msix;
 mod transport;
 
+use doorbells::Doorbells;
 pub use msix::Interrupt;
 use transport::Transport;
 
@@ -40,6 +45,18 @@ pub enum PciError {
     /// The bus is full.
     #[error("a VM has at most {MAX_DEVICES} devices")]
     Full,
+    /// The name is taken.
+    #[error("the VM has a device {name:?} already")]
+    Exists {
+        /// The name.
+        name: String,
+    },
+    /// There is no such device.
+    #[error("the VM has no device {name:?}")]
+    NotFound {
+        /// The name.
+        name: String,
+    },
     /// The host refused an eventfd.
     #[error("cannot make an eventfd")]
     EventFd(#[source] std::io::Error),
@@ -48,48 +65,84 @@ pub enum PciError {
     IoEventFd(#[source] kvm_ioctls::Error),
 }
 
-/// The bus while it is filled.
+/// The bus.
 pub struct PciBus {
     vm: Arc<VmFd>,
     memory: Arc<GuestMemory>,
-    devices: Vec<Arc<Mutex<Transport>>>,
+    /// Where the windows are.
+    mmio: Arc<Bus>,
+    /// Slot 1 is the first.
+    slots: Mutex<[Option<Plugged>; MAX_DEVICES]>,
+}
+
+/// What is in a slot.
+struct Plugged {
+    name: String,
+    transport: Arc<Mutex<Transport>>,
+    doorbells: Doorbells,
 }
 
 impl PciBus {
-    /// An empty bus.
+    /// An empty bus whose devices have their windows in `mmio`.
     #[must_use]
-    pub fn new(vm: Arc<VmFd>, memory: Arc<GuestMemory>) -> Self {
-        Self { vm, memory, devices: Vec::new() }
+    pub fn new(vm: Arc<VmFd>, memory: Arc<GuestMemory>, mmio: Arc<Bus>) -> Self {
+        Self { vm, memory, mmio, slots: Mutex::default() }
     }
 
-    /// Plugs a device into the next slot.
+    /// Plugs a device into the first free slot. `name` is what [`Self::remove`] knows it by.
     ///
     /// # Errors
-    /// Each variant of [`PciError`].
-    pub fn add(&mut self, device: Box<dyn VirtioDevice>) -> Result<(), PciError> {
-        if self.devices.len() == MAX_DEVICES {
-            return Err(PciError::Full);
+    /// Each variant of [`PciError`] but `NotFound`.
+    pub fn add(&self, name: &str, device: Box<dyn VirtioDevice>) -> Result<(), PciError> {
+        let mut slots = lock(&self.slots);
+        if slots.iter().flatten().any(|plugged| plugged.name == name) {
+            return Err(PciError::Exists { name: name.to_owned() });
         }
-        let window = PCI_WINDOW_START + self.devices.len() as u64 * WINDOW_LEN;
-        let mut kicks = Vec::new();
-        for queue_index in 0..device.queue_sizes().len() {
-            let kick = EventFd::new(EFD_NONBLOCK).map_err(PciError::EventFd)?;
-            let doorbell = IoEventAddress::Mmio(window + transport::doorbell_offset(queue_index));
-            self.vm.register_ioevent(&kick, &doorbell, NoDatamatch).map_err(PciError::IoEventFd)?;
-            kicks.push(kick);
-        }
+        let index = slots.iter().position(Option::is_none).ok_or(PciError::Full)?;
+        let window = PCI_WINDOW_START + index as u64 * WINDOW_LEN;
+        let doorbells = Doorbells::create(self.vm.clone(), device.queue_sizes().len(), window)?;
+        let kicks = doorbells.kicks()?;
         let transport = Transport::new(device, kicks, window, self.vm.clone(), self.memory.clone());
-        self.devices.push(Arc::new(Mutex::new(transport)));
+        let transport = Arc::new(Mutex::new(transport));
+        self.mmio.insert(window, WINDOW_LEN, transport.clone());
+        slots[index] = Some(Plugged { name: name.to_owned(), transport, doorbells });
         Ok(())
     }
 
-    /// Puts the bus into the guest's address spaces.
-    pub fn attach(self, pio: &mut Bus, mmio: &mut Bus) {
-        for (index, device) in self.devices.iter().enumerate() {
-            mmio.insert(PCI_WINDOW_START + index as u64 * WINDOW_LEN, WINDOW_LEN, device.clone());
-        }
-        let ports = ConfigPorts { address: 0, bridge: config_space::host_bridge(), devices: self.devices };
+    /// Pulls a device out: it is reset, its workers end, its slot is free.
+    ///
+    /// # Errors
+    /// [`PciError::NotFound`].
+    pub fn remove(&self, name: &str) -> Result<(), PciError> {
+        let mut slots = lock(&self.slots);
+        let named = |slot: &&mut Option<Plugged>| slot.as_ref().is_some_and(|plugged| plugged.name == name);
+        let found = slots.iter_mut().find(named).and_then(Option::take);
+        drop(slots);
+        let plugged = found.ok_or_else(|| PciError::NotFound { name: name.to_owned() })?;
+        self.mmio.remove(&plugged.transport);
+        // A vCPU that found the device just before waits for this and then meets an unplugged one.
+        lock(&plugged.transport).unplug();
+        Ok(())
+    }
+
+    /// Puts the configuration ports into the guest's port space.
+    pub fn attach(self: &Arc<Self>, pio: &Bus) {
+        let ports = ConfigPorts { address: 0, bridge: config_space::host_bridge(), bus: self.clone() };
         pio.insert(CONFIG_ADDRESS_PORT, PORT_COUNT, Arc::new(Mutex::new(ports)));
+    }
+
+    fn transport(&self, slot: usize) -> Option<Arc<Mutex<Transport>>> {
+        let slots = lock(&self.slots);
+        Some(slots.get(slot.checked_sub(1)?)?.as_ref()?.transport.clone())
+    }
+
+    /// The guest has written the address of a window.
+    fn move_window(&self, slot: usize, window: u64) {
+        let mut slots = lock(&self.slots);
+        let Some(Some(plugged)) = slot.checked_sub(1).and_then(|index| slots.get_mut(index)) else { return };
+        self.mmio.remove(&plugged.transport);
+        self.mmio.insert(window, WINDOW_LEN, plugged.transport.clone());
+        plugged.doorbells.follow(window);
     }
 }
 
@@ -97,7 +150,7 @@ impl PciBus {
 struct ConfigPorts {
     address: u32,
     bridge: config_space::ConfigSpace,
-    devices: Vec<Arc<Mutex<Transport>>>,
+    bus: Arc<PciBus>,
 }
 
 impl ConfigPorts {
@@ -126,8 +179,8 @@ impl BusDevice for ConfigPorts {
         match self.selected(offset) {
             Some((0, register)) => self.bridge.read(register, data),
             Some((slot, register)) => {
-                if let Some(device) = self.devices.get(slot - 1) {
-                    lock(device).read_config_space(register, data);
+                if let Some(transport) = self.bus.transport(slot) {
+                    lock(&transport).read_config_space(register, data);
                 }
             }
             None => {}
@@ -142,9 +195,12 @@ impl BusDevice for ConfigPorts {
             return;
         }
         if let Some((slot, register)) = self.selected(offset)
-            && let Some(device) = slot.checked_sub(1).and_then(|index| self.devices.get(index))
+            && let Some(transport) = self.bus.transport(slot)
         {
-            lock(device).write_config_space(register, data);
+            let moved = lock(&transport).write_config_space(register, data);
+            if let Some(window) = moved {
+                self.bus.move_window(slot, window);
+            }
         }
     }
 }

@@ -62,6 +62,8 @@ pub(super) struct Transport {
     memory: Arc<GuestMemory>,
     kicks: Vec<EventFd>,
     registers: Registers,
+    /// Pulled out of its slot: nothing answers any more.
+    unplugged: bool,
 }
 
 /// What the driver has set: all of the transport's state.
@@ -109,17 +111,26 @@ impl Transport {
         let msix_capability = config_space.add_capability(CAPABILITY_MSIX, &msix_capability(vectors));
         config_space.set_writable(msix_capability + 2, &(MSIX_ENABLE | MSIX_FUNCTION_MASK).to_le_bytes());
         let registers = Registers::reset(&*device);
-        Self { device, config_space, msix_capability, msix: MsixTable::new(vectors, vm), memory, kicks, registers }
+        let msix = MsixTable::new(vectors, vm);
+        Self { device, config_space, msix_capability, msix, memory, kicks, registers, unplugged: false }
     }
 
     pub(super) fn read_config_space(&self, register: usize, data: &mut [u8]) {
         self.config_space.read(register, data);
     }
 
-    pub(super) fn write_config_space(&mut self, register: usize, data: &[u8]) {
-        self.config_space.write(register, data);
+    /// Returns the new address of the window when the guest has moved it.
+    pub(super) fn write_config_space(&mut self, register: usize, data: &[u8]) -> Option<u64> {
+        let moved = self.config_space.write(register, data);
         let control = self.config_space.u16_at(self.msix_capability + 2);
         self.msix.set_control(control & MSIX_ENABLE != 0, control & MSIX_FUNCTION_MASK != 0);
+        moved.map(u64::from)
+    }
+
+    /// Ends all work for good. A vCPU that is about to touch a register meets nothing.
+    pub(super) fn unplug(&mut self) {
+        self.unplugged = true;
+        self.device.reset();
     }
 
     fn offered_features(&self) -> u64 {
@@ -271,6 +282,10 @@ impl Transport {
 
 impl BusDevice for Transport {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
+        if self.unplugged {
+            data.fill(0xff);
+            return;
+        }
         let within = offset % STRUCTURE_LEN;
         let at = usize::try_from(within).unwrap_or(usize::MAX);
         match offset - within {
@@ -293,6 +308,9 @@ impl BusDevice for Transport {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
+        if self.unplugged {
+            return;
+        }
         let within = offset % STRUCTURE_LEN;
         match offset - within {
             COMMON_CONFIG => {
@@ -304,7 +322,14 @@ impl BusDevice for Transport {
                 }
             }
             MSIX_TABLE => self.msix.write_table(usize::try_from(within).unwrap_or(usize::MAX), data),
-            // Doorbells are eventfds in KVM; a write that arrives here had an odd size.
+            NOTIFY => {
+                // KVM signals doorbells itself, except at a place of the window that it could not watch.
+                let index = usize::try_from(within / u64::from(NOTIFY_MULTIPLIER)).unwrap_or(usize::MAX);
+                if let Some(kick) = self.kicks.get(index) {
+                    // A counter that is full has been signalled.
+                    let _ = kick.write(1);
+                }
+            }
             _ => {}
         }
     }

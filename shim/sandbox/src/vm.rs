@@ -1,0 +1,76 @@
+//! What a caller can ask of the VM itself, beside its containers: state, pause, counters, shares that come and go.
+
+use std::os::fd::{AsFd as _, OwnedFd};
+
+use vmm_api::CachePolicy;
+use vmm_api::control::{Reply, Request, State, Stats};
+
+use crate::{ControlError, Sandbox};
+
+impl Sandbox {
+    /// Whether the vCPUs run.
+    ///
+    /// # Errors
+    /// Each variant of [`ControlError`] but `Agent`.
+    pub async fn vm_state(&self) -> Result<State, ControlError> {
+        match self.vmm.ask(&Request::State, None).await? {
+            Reply::State(state) => Ok(state),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Stops every vCPU until [`Self::resume_vm`]; the agent does not answer meanwhile.
+    ///
+    /// # Errors
+    /// As [`Self::vm_state`].
+    pub async fn pause_vm(&self) -> Result<(), ControlError> {
+        self.vmm.ask(&Request::Pause, None).await.map(drop)
+    }
+
+    /// Lets the vCPUs run again.
+    ///
+    /// # Errors
+    /// As [`Self::vm_state`].
+    pub async fn resume_vm(&self) -> Result<(), ControlError> {
+        self.vmm.ask(&Request::Resume, None).await.map(drop)
+    }
+
+    /// Counters of the VMM.
+    ///
+    /// # Errors
+    /// As [`Self::vm_state`].
+    pub async fn vm_stats(&self) -> Result<Stats, ControlError> {
+        match self.vmm.ask(&Request::Stats, None).await? {
+            Reply::Stats(stats) => Ok(stats),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Shares another tree with the running VM; the guest mounts it below its folder of shares.
+    ///
+    /// # Errors
+    /// Each variant of [`ControlError`]; the share is gone then.
+    pub async fn add_share(&self, tag: &str, tree: OwnedFd, cache: CachePolicy) -> Result<(), ControlError> {
+        let request = Request::AddShare { tag: tag.to_owned(), cache };
+        self.vmm.ask(&request, Some(tree.as_fd())).await?;
+        if let Err(error) = self.agent.add_share(tag).await {
+            // What failed is the guest's answer; that the VMM gives the device up as well changes nothing about it.
+            let _ = self.vmm.ask(&Request::RemoveShare { tag: tag.to_owned() }, None).await;
+            return Err(ControlError::Agent(error));
+        }
+        Ok(())
+    }
+
+    /// Takes a share away: the guest unmounts it first.
+    ///
+    /// # Errors
+    /// Each variant of [`ControlError`]; a guest that still uses the share keeps it.
+    pub async fn remove_share(&self, tag: &str) -> Result<(), ControlError> {
+        self.agent.remove_share(tag).await.map_err(ControlError::Agent)?;
+        self.vmm.ask(&Request::RemoveShare { tag: tag.to_owned() }, None).await.map(drop)
+    }
+}
+
+fn unexpected(reply: &Reply) -> ControlError {
+    ControlError::Refused { message: format!("the VMM answered {reply:?}") }
+}

@@ -1,0 +1,126 @@
+//! Hand-made guests: a few bytes of 32-bit code in an ELF file with a PVH note, run by the VMM in this process.
+
+use std::fs::File;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::fd::{IntoRawFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::thread::{self, JoinHandle};
+
+use vmm::control::report_exit;
+use vmm::inherited::InheritedFds;
+use vmm::machine::Machine;
+use vmm_api::control::{Exit, Message, Reply, Request};
+use vmm_api::{Fd, VmConfig};
+
+/// Where the code is loaded and entered, in 32-bit protected mode with flat segments and without paging.
+const LOAD_ADDRESS: u32 = 0x10_0000;
+
+/// A VM that runs; its owner is this value.
+pub struct Vm {
+    control: UnixStream,
+    messages: BufReader<UnixStream>,
+    thread: JoinHandle<()>,
+}
+
+impl Vm {
+    /// Builds and starts a VM with one vCPU.
+    ///
+    /// # Panics
+    /// When it cannot be built.
+    #[must_use]
+    pub fn start(kernel: OwnedFd) -> Self {
+        let (control, theirs) = UnixStream::pair().expect("a socket pair");
+        theirs.set_nonblocking(true).expect("a socket");
+        let machine = Machine::build(&config(Fd(kernel.into_raw_fd())), &mut InheritedFds::default()).expect("a machine");
+        let thread = thread::spawn(move || report_exit(&theirs, machine.run(&theirs).expect("the VM runs")));
+        let messages = BufReader::new(control.try_clone().expect("a socket"));
+        Self { control, messages, thread }
+    }
+
+    /// Sends a request; returns the answer.
+    ///
+    /// # Panics
+    /// When the VM has ended.
+    pub fn ask(&mut self, request: &Request) -> Reply {
+        let line = serde_json::to_string(request).expect("JSON");
+        writeln!(self.control, "{line}").expect("the VM runs");
+        match self.message() {
+            Message::Reply(reply) => reply,
+            other => panic!("not a reply: {other:?}"),
+        }
+    }
+
+    /// Waits for the end of the VM.
+    ///
+    /// # Panics
+    /// When something else comes.
+    #[must_use]
+    pub fn end(mut self) -> Exit {
+        let message = self.message();
+        self.thread.join().expect("the VMM does not panic");
+        match message {
+            Message::Exited(exit) => exit,
+            other => panic!("not an end: {other:?}"),
+        }
+    }
+
+    fn message(&mut self) -> Message {
+        let mut line = String::new();
+        self.messages.read_line(&mut line).expect("a line");
+        serde_json::from_str(&line).unwrap_or_else(|error| panic!("{line:?}: {error}"))
+    }
+}
+
+/// The smallest VM that boots `kernel`.
+#[must_use]
+pub fn config(kernel: Fd) -> VmConfig {
+    VmConfig {
+        name: "story".to_owned(),
+        kvm: None,
+        vcpus: 1,
+        memory_mib: 128,
+        kernel,
+        initramfs: None,
+        cmdline: String::new(),
+        console: None,
+        control: Fd(0),
+        vsock: None,
+        shares: Vec::new(),
+    }
+}
+
+/// A file that the VMM boots as a kernel and that runs `code`.
+///
+/// # Panics
+/// When there is no temporary file to be had.
+#[must_use]
+pub fn kernel(code: &[u8]) -> OwnedFd {
+    const HEADER_LEN: u32 = 64;
+    const PROGRAM_HEADER_LEN: u32 = 56;
+    let code_offset = HEADER_LEN + 2 * PROGRAM_HEADER_LEN;
+    let code_len = u32::try_from(code.len()).expect("short");
+    let note_offset = (code_offset + code_len).next_multiple_of(4);
+    // XEN_ELFNOTE_PHYS32_ENTRY: lengths of name and value, type 18, "Xen", the entry.
+    let note = [words(&[4, 8, 18]), b"Xen\0".to_vec(), words(&[LOAD_ADDRESS, 0])].concat();
+
+    let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    file.extend_from_slice(&[2, 0, 62, 0]);
+    file.extend(words(&[1, LOAD_ADDRESS, 0, HEADER_LEN, 0, 0, 0, 0]));
+    file.extend_from_slice(&[64, 0, 56, 0, 2, 0, 64, 0, 0, 0, 0, 0]);
+    for (kind, offset, address, len) in
+        [(1, code_offset, LOAD_ADDRESS, code_len), (4, note_offset, 0, u32::try_from(note.len()).expect("short"))]
+    {
+        file.extend(words(&[kind, 7, offset, 0, address, 0, address, 0, len, 0, len, 0, 4, 0]));
+    }
+    file.extend_from_slice(code);
+    file.resize(usize::try_from(note_offset).expect("short"), 0);
+    file.extend(note);
+
+    let mut kernel: File = tempfile::tempfile().expect("a temporary file");
+    kernel.write_all(&file).expect("written");
+    kernel.into()
+}
+
+fn words(words: &[u32]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
