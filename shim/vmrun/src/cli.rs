@@ -213,6 +213,9 @@ pub(crate) struct RunArgs {
     /// Set a resource limit, as nofile=1024:2048.
     #[arg(long, value_name = "TYPE=SOFT[:HARD]")]
     pub(crate) ulimit: Vec<String>,
+    /// Run the command below an init, which reaps processes and passes signals on.
+    #[arg(long)]
+    pub(crate) init: bool,
     /// Kill the command after this time, as 90s or 1h30m; the exit status is then 124.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     pub(crate) timeout: Option<Duration>,

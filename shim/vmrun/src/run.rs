@@ -174,7 +174,10 @@ impl Run {
         image.make_volumes(&tree, args.read_only)?;
         let wanted = args.user.as_deref().or(image.user.as_deref()).filter(|user| !user.is_empty());
         let user = user::resolve(&tree, wanted.unwrap_or("0"))?;
-        let planned = plan::plan(spec::container(args, image, &user, &self.name, &self.command)?)?;
+        let mut planned = plan::plan(spec::container(args, image, &user, &self.name, &self.command)?)?;
+        if args.init {
+            plan::add_init(&mut planned.spec);
+        }
         let mut shares = vec![(ROOTFS_TAG.to_owned(), tree.try_clone()?, CachePolicy::Always)];
         if !planned.volumes.is_empty() {
             let volumes = share::volumes_tree(planned.volumes, &scratch)?;
