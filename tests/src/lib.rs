@@ -9,6 +9,7 @@ use std::process::{Command, Output, Stdio};
 
 use tempfile::TempDir;
 
+pub mod pod;
 pub mod python;
 
 /// One story: folders and a root file system, removed at its end, when nothing else of its containers may be left.
