@@ -11,6 +11,7 @@ mod detach;
 mod exec;
 mod exec_process;
 mod image;
+mod images;
 mod inspect;
 mod log;
 mod logs;
@@ -88,6 +89,12 @@ fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Unpause(args) => stop::unpause(&folders.root, &args.names),
         Command::Rm { force, containers } => remove::rm(&folders.root, force, &containers.names),
         Command::Stats(args) => stats::stats(&folders.root, &args),
+        Command::Pull { quiet, plain_http, image } => {
+            images::pull(&folders.data_root, &image, image::OpenOptions { quiet, plain_http, ..Default::default() })
+        }
+        Command::Images { json, quiet } => images::images(&folders.data_root, json, quiet),
+        Command::Rmi { force, images } => images::rmi(&folders.root, &folders.data_root, &images, force),
+        Command::Load { input, quiet } => images::load(&folders.data_root, input, quiet),
         Command::Gc => remove::gc(&folders),
         Command::Check { json } => check::check(json),
         Command::UnpackLayer { compression, target } => image::unpack_child(&compression, &target),

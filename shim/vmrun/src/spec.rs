@@ -12,7 +12,7 @@ use oci_spec::runtime::{
 };
 
 use crate::cli::RunArgs;
-use crate::image::Image;
+use crate::image::{self, Image};
 use crate::seccomp;
 use crate::user::User;
 
@@ -113,6 +113,9 @@ pub(crate) fn command(args: &RunArgs, image: &Image) -> Result<Vec<String>> {
 
 /// The spec of a new container; bind mounts still name host paths.
 pub(crate) fn container(args: &RunArgs, image: &Image, user: &User, name: &str, command: &[String]) -> Result<Spec> {
+    if let Some(bundle) = &image.bundle {
+        return image::bundle_container(bundle, args, name, command);
+    }
     let hostname = args.hostname.clone().unwrap_or_else(|| name.to_owned());
     let linux = LinuxBuilder::default()
         .namespaces(namespaces()?)
@@ -125,7 +128,7 @@ pub(crate) fn container(args: &RunArgs, image: &Image, user: &User, name: &str, 
         .root(RootBuilder::default().path("rootfs").readonly(args.read_only).build()?)
         .hostname(hostname)
         .process(init_process(args, image, user, command)?)
-        .mounts(mounts(args)?)
+        .mounts(mounts(args, image)?)
         .linux(linux.build()?)
         .build()?;
     Ok(spec)
@@ -330,7 +333,7 @@ fn pairs(flag: &str, words: &[String]) -> Result<std::collections::HashMap<Strin
     words.iter().map(|word| pair(word).with_context(|| format!("{flag} {word:?} is not NAME=VALUE"))).collect()
 }
 
-fn mounts(args: &RunArgs) -> Result<Vec<Mount>> {
+fn mounts(args: &RunArgs, image: &Image) -> Result<Vec<Mount>> {
     let sys_mode = if args.privileged { "rw" } else { "ro" };
     let mut mounts = vec![
         mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"])?,
@@ -346,6 +349,10 @@ fn mounts(args: &RunArgs) -> Result<Vec<Mount>> {
         mount("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"])?,
         mount("/dev/shm", "tmpfs", "shm", &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"])?,
     ];
+    // A volume of the image must be writable; with a writable root it is.
+    for path in image.volumes.iter().filter(|_| args.read_only) {
+        mounts.push(mount(path, "tmpfs", "tmpfs", &["nosuid", "nodev", "mode=755"])?);
+    }
     for text in &args.tmpfs {
         let (path, options) = text.split_once(':').unwrap_or((text, "nosuid,nodev,noexec,mode=1777"));
         mounts.push(mount(path, "tmpfs", "tmpfs", &options.split(',').collect::<Vec<_>>())?);
