@@ -12,6 +12,7 @@ pub mod artifacts;
 mod boot;
 pub mod error;
 pub mod plan;
+pub mod probe;
 pub mod share;
 pub mod state;
 mod streams;
