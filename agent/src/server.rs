@@ -2,8 +2,8 @@
 
 use agent_api::message::{
     CloseStdinRequest, ConfigureRequest, ContainerRequest, CreateContainerRequest, DeleteRequest, Empty, EventsReply,
-    ExecRequest, ListProcessesReply, OnlineResourcesReply, ProcessReply, ProcessRequest, ResizeRequest, ShareRequest,
-    SignalRequest, StateReply, StatsReply, UpdateRequest, WaitReply,
+    ExecRequest, ListProcessesReply, OnlineResourcesReply, ProcessReply, ProcessRequest, ResizeRequest,
+    SetClockRequest, SetNetworkRequest, ShareRequest, SignalRequest, StateReply, StatsReply, UpdateRequest, WaitReply,
 };
 use agent_api::service::{self, Agent};
 use agent_api::{CONTROL_PORT, HOST_CID};
@@ -17,9 +17,10 @@ use ttrpc::{Code, get_status};
 
 use crate::container::{ContainerError, Containers};
 use crate::events::Events;
+use crate::network::NetworkError;
 use crate::reaper::Reaper;
 use crate::share::ShareTag;
-use crate::sys;
+use crate::{hotplug, network, sys};
 
 /// Dials the host and serves until the connection ends.
 pub(crate) async fn serve() -> Result<()> {
@@ -97,6 +98,11 @@ fn rpc(code: Code, message: &str) -> ttrpc::Error {
     ttrpc::Error::RpcStatus(get_status(code, message))
 }
 
+fn set_clock(realtime_ns: i64) -> ttrpc::Result<()> {
+    let time = rustix::time::Timespec { tv_sec: realtime_ns / 1_000_000_000, tv_nsec: realtime_ns % 1_000_000_000 };
+    rustix::time::clock_settime(rustix::time::ClockId::Realtime, time).map_err(|e| internal("set the clock", &e))
+}
+
 fn share_tag(tag: &str) -> ttrpc::Result<ShareTag> {
     ShareTag::try_from(tag).map_err(|error| rpc(Code::INVALID_ARGUMENT, &error))
 }
@@ -108,17 +114,17 @@ fn internal(action: &str, error: &dyn std::error::Error) -> ttrpc::Error {
 #[async_trait]
 impl Agent for Service {
     async fn configure(&self, _: &TtrpcContext, request: ConfigureRequest) -> ttrpc::Result<Empty> {
-        let time = rustix::time::Timespec {
-            tv_sec: request.realtime_ns / 1_000_000_000,
-            tv_nsec: request.realtime_ns % 1_000_000_000,
-        };
-        rustix::time::clock_settime(rustix::time::ClockId::Realtime, time)
-            .map_err(|e| internal("set the clock", &e))?;
+        set_clock(request.realtime_ns)?;
         sys::add_entropy(&request.entropy).map_err(|e| internal("add entropy", &e))?;
         rustix::system::sethostname(request.hostname.as_bytes()).map_err(|e| internal("set the host name", &e))?;
         for tag in &request.shares {
             share_tag(tag)?.mount(false).map_err(|e| internal(&format!("mount the share {tag}"), &e))?;
         }
+        Ok(Empty::new())
+    }
+
+    async fn set_clock(&self, _: &TtrpcContext, request: SetClockRequest) -> ttrpc::Result<Empty> {
+        set_clock(request.realtime_ns)?;
         Ok(Empty::new())
     }
 
@@ -188,17 +194,27 @@ impl Agent for Service {
     }
 
     async fn add_share(&self, _: &TtrpcContext, request: ShareRequest) -> ttrpc::Result<Empty> {
-        share_tag(&request.tag)?.mount(request.read_only).map_err(|e| internal("mount the share", &e))?;
+        let tag = share_tag(&request.tag)?;
+        tag.plug_in(request.read_only).await.map_err(|e| internal("mount the share", &e))?;
         Ok(Empty::new())
     }
 
     async fn remove_share(&self, _: &TtrpcContext, request: ShareRequest) -> ttrpc::Result<Empty> {
-        share_tag(&request.tag)?.unmount().map_err(|e| internal("unmount the share", &e))?;
+        share_tag(&request.tag)?.pull_out().map_err(|e| internal("unmount the share", &e))?;
         Ok(Empty::new())
     }
 
     async fn online_resources(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<OnlineResourcesReply> {
-        Err(rpc(Code::UNIMPLEMENTED, "CPUs and memory cannot be added yet"))
+        hotplug::online_everything().map_err(|e| internal("bring CPUs and memory online", &e))
+    }
+
+    async fn set_network(&self, _: &TtrpcContext, request: SetNetworkRequest) -> ttrpc::Result<Empty> {
+        network::apply(&request).await.map_err(|error| match error {
+            NetworkError::Invalid { .. } => rpc(Code::INVALID_ARGUMENT, &chain(&error)),
+            NetworkError::NoInterface(_) => rpc(Code::NOT_FOUND, &chain(&error)),
+            error => rpc(Code::INTERNAL, &chain(&error)),
+        })?;
+        Ok(Empty::new())
     }
 
     async fn next_events(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<EventsReply> {

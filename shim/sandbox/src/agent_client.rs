@@ -102,6 +102,20 @@ impl AgentClient {
         self.0.next_events(context::with_timeout(0), &request).await.map_err(|error| translate("NextEvents", error))
     }
 
+    pub(crate) async fn set_network(&self, request: &message::SetNetworkRequest) -> Result<(), CallError> {
+        bounded("SetNetwork", self.0.set_network(context::with_duration(CALL_DEADLINE), request)).await.map(drop)
+    }
+
+    pub(crate) async fn set_clock(&self, realtime_ns: i64) -> Result<(), CallError> {
+        let request = message::SetClockRequest { realtime_ns, ..Default::default() };
+        bounded("SetClock", self.0.set_clock(context::with_duration(CALL_DEADLINE), &request)).await.map(drop)
+    }
+
+    pub(crate) async fn online_resources(&self) -> Result<message::OnlineResourcesReply, CallError> {
+        let request = message::Empty::new();
+        bounded("OnlineResources", self.0.online_resources(context::with_duration(CALL_DEADLINE), &request)).await
+    }
+
     pub(crate) async fn update(&self, request: &message::UpdateRequest) -> Result<(), CallError> {
         bounded("Update", self.0.update(context::with_duration(CALL_DEADLINE), request)).await.map(drop)
     }
