@@ -21,6 +21,8 @@ run: build
 
 # Unit tests here, stories on KVM.
 test: build lint
+	@tests/install-packages docker-registry skopeo
+	tests/debian-image >/dev/null
 	tests/run
 
 # Counts and ratios, explained in tests/bench/README.md.

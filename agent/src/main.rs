@@ -3,16 +3,27 @@
 //! Whatever ends this process ends the VM: a failed boot and a lost connection both reset the machine.
 
 mod boot;
+mod bundle;
 mod cgroup;
 mod child;
 mod container;
+mod devices;
+mod events;
+mod hotplug;
 mod id;
 mod init;
+mod network;
+mod process;
+mod processes;
 mod reaper;
+mod refuse;
 mod server;
 mod share;
+mod step;
 mod streams;
 mod sys;
+mod sysctl;
+mod terminal;
 
 use std::process::ExitCode;
 

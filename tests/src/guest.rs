@@ -31,7 +31,8 @@ impl Vm {
     pub fn start(kernel: OwnedFd) -> Self {
         let (control, theirs) = UnixStream::pair().expect("a socket pair");
         theirs.set_nonblocking(true).expect("a socket");
-        let machine = Machine::build(&config(Fd(kernel.into_raw_fd())), &mut InheritedFds::default()).expect("a machine");
+        let machine =
+            Machine::build(&config(Fd(kernel.into_raw_fd())), &mut InheritedFds::default()).expect("a machine");
         let thread = thread::spawn(move || report_exit(&theirs, machine.run(&theirs).expect("the VM runs")));
         let messages = BufReader::new(control.try_clone().expect("a socket"));
         Self { control, messages, thread }

@@ -12,7 +12,11 @@ use std::process::{Command, Output, Stdio};
 use tempfile::TempDir;
 pub use terminal::Terminal;
 
+pub mod guest;
+pub mod image;
+pub mod pod;
 pub mod python;
+pub mod registry;
 
 /// One story: folders and a root file system, removed at its end, when nothing else of its containers may be left.
 pub struct Story {
@@ -69,6 +73,21 @@ impl Story {
         self.dir.path().join("scratch")
     }
 
+    /// Where `vmrun` keeps images.
+    #[must_use]
+    pub fn data_root(&self) -> PathBuf {
+        self.dir.path().join("data")
+    }
+
+    /// Runs `vmrun` to its end.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    #[must_use]
+    pub fn finish(&self, arguments: &[&str]) -> Outcome {
+        outcome(self.vmrun(arguments))
+    }
+
     /// The image of this story's root file system.
     #[must_use]
     pub fn image(&self) -> String {
@@ -123,8 +142,16 @@ impl Story {
     /// Starts a container in the background, and waits until it runs.
     #[must_use]
     pub fn start(&self, name: &str, command: &[&str]) -> Background {
-        let image = self.image();
-        let arguments = [&["run", "--rm", "--name", name, &image][..], command].concat();
+        self.start_image(name, &self.image(), command)
+    }
+
+    /// Starts a container of an image in the background, and waits until it runs.
+    ///
+    /// # Panics
+    /// When it does not start.
+    #[must_use]
+    pub fn start_image(&self, name: &str, image: &str, command: &[&str]) -> Background {
+        let arguments = [&["run", "--rm", "--name", name, image][..], command].concat();
         let mut child = self.vmrun(&arguments).stdout(Stdio::piped()).spawn().expect("vmrun starts");
         // The command's first line says that it runs.
         let mut first = [0; 1];

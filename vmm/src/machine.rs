@@ -182,7 +182,7 @@ fn create_vcpus(kvm: &kvm_ioctls::Kvm, vm: &VmFd, count: u8, entry: u64) -> Resu
     let mut vcpus = Vec::new();
     for index in 0..count {
         let vcpu = vm.create_vcpu(index.into()).map_err(ioctl("KVM_CREATE_VCPU"))?;
-        vcpu.set_cpuid2(&cpuid::of_vcpu(&supported, index, count)).map_err(ioctl("KVM_SET_CPUID2"))?;
+        kvm::set_cpuid(&vcpu, &cpuid::of_vcpu(&supported, index, count))?;
         registers::set_common(&vcpu).map_err(ioctl("setting MSRs and local APIC"))?;
         if index == 0 {
             registers::set_boot_registers(&vcpu, entry).map_err(ioctl("setting registers"))?;

@@ -18,8 +18,11 @@ use vmm_api::{Fd, VmConfig};
 #[command(version)]
 struct Cli {
     /// Number of the open descriptor that holds the configuration as JSON.
-    #[arg(long, value_name = "FD")]
-    config_fd: i32,
+    #[arg(long, value_name = "FD", required_unless_present = "probe")]
+    config_fd: Option<i32>,
+    /// Run no VM, but say as JSON whether this host's KVM can.
+    #[arg(long)]
+    probe: bool,
     /// What to log on standard error: error, warn, info, debug or trace.
     #[arg(long, default_value = "warn", value_name = "LEVEL")]
     log_level: tracing::Level,
@@ -28,7 +31,11 @@ struct Cli {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     tracing_subscriber::fmt().with_max_level(cli.log_level).with_writer(std::io::stderr).init();
-    match run(cli.config_fd) {
+    let outcome = match cli.config_fd {
+        Some(config_fd) if !cli.probe => run(config_fd),
+        _ => print_probe(),
+    };
+    match outcome {
         Ok(code) => code.into(),
         Err(error) => {
             eprintln!("vmm: {error:#}");
@@ -60,6 +67,11 @@ fn run(config_fd: i32) -> Result<u8> {
     let code = exit.reason.code();
     report_exit(&control, exit);
     Ok(code)
+}
+
+fn print_probe() -> Result<u8> {
+    println!("{}", serde_json::to_string(&vmm::probe::probe())?);
+    Ok(0)
 }
 
 /// A panic is a fault of ours: the owner learns of it before the process aborts.

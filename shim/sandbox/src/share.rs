@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::thread;
 
 use nix::sched::CloneFlags;
@@ -179,6 +179,34 @@ fn escape(path: &Path) -> String {
     path.display().to_string().replace('\\', "\\\\").replace(':', "\\:").replace(',', "\\,")
 }
 
+/// Makes a directory below a tree, with what is missing above it, as if the tree were the root; symbolic links cannot lead
+/// out of it. What is there stays as it is.
+///
+/// # Errors
+/// What openat2(2) and mkdirat(2) say; `InvalidInput` for a path with `..`.
+pub fn make_dirs_in_tree(tree: &OwnedFd, path: &Path) -> io::Result<()> {
+    let resolve = rustix::fs::ResolveFlags::IN_ROOT | rustix::fs::ResolveFlags::NO_MAGICLINKS;
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let mut made = PathBuf::from(".");
+    let mut parent = rustix::fs::openat2(tree, &made, flags, Mode::empty(), resolve)?;
+    for component in path.components() {
+        let name = match component {
+            Component::Normal(name) => name,
+            Component::ParentDir => return Err(io::Error::from(io::ErrorKind::InvalidInput)),
+            _ => continue,
+        };
+        made.push(name);
+        parent = match rustix::fs::openat2(tree, &made, flags, Mode::empty(), resolve) {
+            Err(rustix::io::Errno::NOENT) => {
+                rustix::fs::mkdirat(&parent, name, Mode::from_raw_mode(0o755))?;
+                rustix::fs::openat2(tree, &made, flags, Mode::empty(), resolve)?
+            }
+            opened => opened?,
+        };
+    }
+    Ok(())
+}
+
 /// Opens a file below a tree, as if the tree were the root; symbolic links cannot lead out of it.
 ///
 /// # Errors
@@ -195,9 +223,28 @@ pub fn open_in_tree(tree: &OwnedFd, path: &str) -> io::Result<File> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
+    use std::fs;
+    use std::os::fd::OwnedFd;
+    use std::path::{Path, PathBuf};
 
-    use super::mount_points;
+    use super::{make_dirs_in_tree, mount_points};
+
+    #[test]
+    fn directories_are_made_below_the_tree_only() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let root = dir.path().join("root");
+        fs::create_dir(&root).expect("root");
+        std::os::unix::fs::symlink("/real", root.join("link")).expect("link");
+        fs::create_dir(root.join("real")).expect("real");
+        let tree = OwnedFd::from(fs::File::open(&root).expect("tree"));
+        make_dirs_in_tree(&tree, Path::new("/link/a/b")).expect("made");
+        make_dirs_in_tree(&tree, Path::new("/link/a/b")).expect("there");
+        assert!(root.join("real/a/b").is_dir());
+        std::os::unix::fs::symlink("../../out", root.join("out")).expect("link");
+        make_dirs_in_tree(&tree, Path::new("/out/a")).expect_err("a link to nothing");
+        make_dirs_in_tree(&tree, Path::new("/../out")).expect_err("a way out");
+        assert!(!dir.path().join("out").exists());
+    }
 
     #[test]
     fn mount_points_are_read_with_their_blanks() {

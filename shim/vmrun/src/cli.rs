@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::image::{OpenOptions, PullPolicy};
 use crate::log::Limits;
 
 /// Run OCI containers, each in its own microVM.
@@ -47,6 +48,44 @@ pub(crate) enum Command {
         signal: String,
         #[command(flatten)]
         containers: NamesArgs,
+    },
+    /// Fetch an image from a registry.
+    Pull {
+        /// Print only the image's name.
+        #[arg(short, long)]
+        quiet: bool,
+        /// Talk HTTP to the registry, not HTTPS.
+        #[arg(long)]
+        plain_http: bool,
+        /// The image: [REGISTRY/]NAME[:TAG|@DIGEST].
+        image: String,
+    },
+    /// List the images that were pulled or loaded.
+    Images {
+        /// Print a JSON array.
+        #[arg(long)]
+        json: bool,
+        /// Print only ids.
+        #[arg(short, long)]
+        quiet: bool,
+    },
+    /// Remove images.
+    Rmi {
+        /// Remove an image with all of its names.
+        #[arg(short, long)]
+        force: bool,
+        /// Names or ids.
+        #[arg(required = true)]
+        images: Vec<String>,
+    },
+    /// Keep the images of an archive that `docker save` wrote, or of an OCI layout in a tar file.
+    Load {
+        /// The archive; standard input without it.
+        #[arg(short, long, value_name = "FILE")]
+        input: Option<PathBuf>,
+        /// Print no progress.
+        #[arg(short, long)]
+        quiet: bool,
     },
     /// Ask the command of containers to end, and kill it when it does not.
     Stop {
@@ -159,9 +198,12 @@ pub(crate) struct RunArgs {
     /// Drop a capability.
     #[arg(long, value_name = "CAPABILITY")]
     pub(crate) cap_drop: Vec<String>,
-    /// Security option: no-new-privileges.
+    /// Security option: no-new-privileges, seccomp=unconfined or seccomp=FILE.
     #[arg(long, value_name = "OPTION")]
     pub(crate) security_opt: Vec<String>,
+    /// Give the container every capability and device, and no seccomp profile. It stays in its VM.
+    #[arg(long)]
+    pub(crate) privileged: bool,
     /// Replace the image's entrypoint.
     #[arg(long, value_name = "COMMAND")]
     pub(crate) entrypoint: Option<String>,
@@ -195,11 +237,28 @@ pub(crate) struct RunArgs {
     /// Print the guest's serial console on standard error.
     #[arg(long)]
     pub(crate) console: bool,
-    /// The image: rootfs:DIR, oci:DIR[:TAG].
+    /// When to ask the registry for the image.
+    #[arg(long, value_enum, default_value = "missing", value_name = "WHEN")]
+    pub(crate) pull: PullPolicy,
+    /// Print no progress of fetching the image.
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// Talk HTTP to the registry, not HTTPS.
+    #[arg(long)]
+    pub(crate) plain_http: bool,
+    /// The image: NAME[:TAG] of a registry, oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:NAME], rootfs:DIR or
+    /// bundle:DIR.
     pub(crate) image: String,
     /// The command and its arguments.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) command: Vec<String>,
+}
+
+impl RunArgs {
+    /// How to get the image.
+    pub(crate) fn open_options(&self) -> OpenOptions {
+        OpenOptions { pull: self.pull, quiet: self.quiet, plain_http: self.plain_http }
+    }
 }
 
 /// What to run in which container.

@@ -11,6 +11,7 @@ mod detach;
 mod exec;
 mod exec_process;
 mod image;
+mod images;
 mod inspect;
 mod log;
 mod logs;
@@ -18,6 +19,7 @@ mod ps;
 mod record;
 mod remove;
 mod run;
+mod seccomp;
 mod signals;
 mod spec;
 mod stats;
@@ -88,6 +90,12 @@ fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Unpause(args) => stop::unpause(&folders.root, &args.names),
         Command::Rm { force, containers } => remove::rm(&folders.root, force, &containers.names),
         Command::Stats(args) => stats::stats(&folders.root, &args),
+        Command::Pull { quiet, plain_http, image } => {
+            images::pull(&folders.data_root, &image, image::OpenOptions { quiet, plain_http, ..Default::default() })
+        }
+        Command::Images { json, quiet } => images::images(&folders.data_root, json, quiet),
+        Command::Rmi { force, images } => images::rmi(&folders.root, &folders.data_root, &images, force),
+        Command::Load { input, quiet } => images::load(&folders.data_root, input, quiet),
         Command::Gc => remove::gc(&folders),
         Command::Check { json } => check::check(json),
         Command::UnpackLayer { compression, target } => image::unpack_child(&compression, &target),

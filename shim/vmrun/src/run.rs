@@ -18,7 +18,7 @@ use tokio::sync::oneshot;
 
 use crate::cli::RunArgs;
 use crate::container::{Container, Ending};
-use crate::image::Image;
+use crate::image::{Image, PullPolicy};
 use crate::log::{Log, LogStream, Stream};
 use crate::record::{Folders, Record, now_ms};
 use crate::signals::{self, Signals};
@@ -56,7 +56,12 @@ pub(crate) async fn run(folders: &Folders, args: RunArgs, place: Place) -> Resul
     if !rustix::process::geteuid().is_root() {
         bail!("vmrun makes mounts and needs root: run it with sudo");
     }
-    let image = image::open(&args.image, &folders.data_root)?;
+    let mut options = args.open_options();
+    if place == Place::Supervisor {
+        // The caller has asked the registry.
+        options.pull = PullPolicy::Missing;
+    }
+    let image = image::open(&args.image, &folders.data_root, options)?;
     if args.detach && place == Place::Foreground {
         return detach::launch();
     }
@@ -166,6 +171,7 @@ impl Run {
             Rootfs::Layers { lower: image.layers.clone(), layer_dir: image.layer_dir.clone(), writable }
         };
         let tree = share::rootfs_tree(rootfs, &scratch)?;
+        image.make_volumes(&tree, args.read_only)?;
         let wanted = args.user.as_deref().or(image.user.as_deref()).filter(|user| !user.is_empty());
         let user = user::resolve(&tree, wanted.unwrap_or("0"))?;
         let mut planned = plan::plan(spec::container(args, image, &user, &self.name, &self.command)?)?;

@@ -6,6 +6,7 @@
 
 pub mod control;
 pub mod fds;
+pub mod probe;
 
 use serde::{Deserialize, Serialize};
 

@@ -1,0 +1,110 @@
+//! The VM itself: how it ends and what is then known, how it is controlled, what a guest finds of its CPUs.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use tests::Story;
+use tests::guest::{Vm, kernel};
+use vmm_api::control::{ExitReason, Reply, Request, State};
+
+/// `out 0x80, al`, then `jmp` back to it: a guest that does nothing for ever, with an exit each time.
+const BUSY: [u8; 4] = [0xe6, 0x80, 0xeb, 0xfc];
+/// `mov al, 0xfe; out 0x64, al; hlt`: the reset line of the keyboard controller.
+const RESET: [u8; 5] = [0xb0, 0xfe, 0xe6, 0x64, 0xf4];
+
+#[test]
+fn a_reset_ends_the_vm_and_the_last_lines_of_the_console_are_kept() {
+    // For each byte of the text behind the code: out to the console's port; then the reset.
+    let code = [
+        &[0xbe, 0x16, 0, 0x10, 0][..], // mov esi, text
+        &[0x66, 0xba, 0xf8, 0x03],     // mov dx, 0x3f8
+        &[0xb9, 10, 0, 0, 0],          // mov ecx, 10
+        &[0xf3, 0x6e],                 // rep outsb
+        &[0x90],                       // nop
+        &RESET,
+        b"last words",
+    ]
+    .concat();
+    let exit = Vm::start(kernel(&code)).end();
+    assert_eq!(exit.reason, ExitReason::GuestReset);
+    assert_eq!(exit.console_tail, "last words");
+}
+
+#[test]
+fn a_panic_of_the_guests_kernel_is_in_the_console_tail() {
+    let vmrun = std::env::var_os("VMRUN").expect("VMRUN names the program: use `make test`");
+    let vmlinux = File::open(Path::new(&vmrun).with_file_name("vmlinux")).expect("the guest kernel beside vmrun");
+    let exit = Vm::start(OwnedFd::from(vmlinux)).end();
+    assert_eq!(exit.reason, ExitReason::GuestReset);
+    assert!(exit.console_tail.contains("Unable to mount root fs"), "{}", exit.console_tail);
+}
+
+#[test]
+fn a_triple_fault_says_what_is_known_of_the_vcpu() {
+    // out 0x80, al; lidt of an empty table; an undefined instruction.
+    let code = [&[0xe6, 0x80, 0x0f, 0x01, 0x1d, 0, 0, 0x11, 0, 0x0f, 0x0b][..]].concat();
+    let exit = Vm::start(kernel(&code)).end();
+    let ExitReason::TripleFault { registers } = exit.reason else { panic!("{exit:?}") };
+    assert!(registers.contains("rip=0x10000") || registers.contains("lost on this CPU"), "{registers}");
+    assert!(registers.contains("port 0x80"), "{registers}");
+}
+
+#[test]
+fn code_that_kvm_cannot_emulate_ends_the_vm_with_its_registers() {
+    // mov eax, 0xd0000000; jmp eax: there is neither RAM nor a device.
+    let exit = Vm::start(kernel(&[0xb8, 0, 0, 0, 0xd0, 0xff, 0xe0])).end();
+    let ExitReason::KvmError { detail } = exit.reason else { panic!("{exit:?}") };
+    assert!(detail.contains("cannot emulate"), "{detail}");
+    assert!(detail.contains("rip=0xd0000000"), "{detail}");
+}
+
+#[test]
+fn accesses_to_ports_and_addresses_without_a_device_are_harmless() {
+    // Every port below 0x1000 but the reset line's: in and out of 1, 2 and 4 bytes; then addresses of the hole; then a reset.
+    let code = [
+        &[0x31, 0xd2, 0x31, 0xc0][..],                  // xor edx, edx; xor eax, eax
+        &[0x66, 0x83, 0xfa, 0x64, 0x74, 0x0a],          // next: cmp dx, 0x64; je skip
+        &[0xec, 0x66, 0xed, 0xed],                      // in al, dx; in ax, dx; in eax, dx
+        &[0x31, 0xc0, 0xee, 0x66, 0xef, 0xef],          // xor eax, eax; out dx, al; out dx, ax; out dx, eax
+        &[0x42, 0x81, 0xfa, 0, 0x10, 0, 0, 0x75, 0xe8], // skip: inc edx; cmp edx, 0x1000; jne next
+        &[0xbb, 0, 0, 0, 0xc0],                         // mov ebx, 0xc0000000
+        &[0x8b, 0x03, 0x8a, 0x43, 0x07, 0x89, 0x03],    // more: mov eax, [ebx]; mov al, [ebx+7]; mov [ebx], eax
+        &[0x81, 0xc3, 0x03, 0x10, 0, 0],                // add ebx, 0x1003
+        &[0x81, 0xfb, 0, 0, 0x20, 0xc0, 0x72, 0xeb],    // cmp ebx, 0xc0200000; jb more
+        &RESET,
+    ]
+    .concat();
+    let exit = Vm::start(kernel(&code)).end();
+    assert_eq!(exit.reason, ExitReason::GuestReset, "{exit:?}");
+}
+
+#[test]
+fn a_running_vm_can_be_paused_resumed_counted_and_shut_down() {
+    let mut vm = Vm::start(kernel(&BUSY));
+    assert_eq!(vm.ask(&Request::State), Reply::State(State::Running));
+    assert_eq!(vm.ask(&Request::Pause), Reply::Done);
+    assert_eq!(vm.ask(&Request::State), Reply::State(State::Paused));
+    let paused = vm.ask(&Request::Stats);
+    let Reply::Stats(stats) = paused else { panic!("{paused:?}") };
+    assert!(stats.port_exits > 0 && stats.interrupted_exits > 0, "{stats:?}");
+    assert_eq!(vm.ask(&Request::Stats), paused);
+    assert_eq!(vm.ask(&Request::Resume), Reply::Done);
+    assert_eq!(vm.ask(&Request::State), Reply::State(State::Running));
+    let removed = vm.ask(&Request::RemoveShare { tag: "none".to_owned() });
+    assert_eq!(removed, Reply::Refused("the VM has no device \"share none\"".to_owned()));
+    assert_eq!(vm.ask(&Request::Shutdown), Reply::Done);
+    assert_eq!(vm.end().reason, ExitReason::Requested);
+}
+
+#[test]
+fn eight_cpus_are_one_package_of_eight_cores_and_the_clock_is_kvms() {
+    let story = Story::new();
+    let script = "nproc; grep -c ^processor /proc/cpuinfo; grep -e ^siblings -e '^cpu cores' /proc/cpuinfo | sort -u; \
+        grep ^apicid /proc/cpuinfo | cut -d: -f2 | tr -d '\\n'; echo; \
+        cat /sys/devices/system/clocksource/clocksource0/current_clocksource; \
+        grep -c -w -e vmx -e svm -e arch_perfmon /proc/cpuinfo";
+    let ran = story.run(&["--cpus", "8"], &["sh", "-c", script]);
+    let expected = "8\n8\ncpu cores\t: 8\nsiblings\t: 8\n 0 1 2 3 4 5 6 7\nkvm-clock\n0\n";
+    assert_eq!(ran.stdout, expected, "{ran:?}");
+}
