@@ -1,22 +1,43 @@
-//! The cgroup of a container (Documentation/admin-guide/cgroup-v2.rst): what it uses, its limits, freezing, its processes.
+//! The cgroup of a container (Documentation/admin-guide/cgroup-v2.rst): its processes, freezing, killing, its events.
 
-use std::fs;
+pub(crate) mod stats;
+
 use std::io;
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+use std::{fs, mem};
 
-use agent_api::message::StatsReply;
-use oci_spec::runtime::LinuxResources;
+use oci_spec::runtime::LinuxDeviceCgroup;
+use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
+use tokio::io::unix::AsyncFd;
+
+use crate::{devices, sys};
+
+/// Where cgroup v2 is mounted.
+const CGROUP_ROOT: &str = "/sys/fs/cgroup";
+/// Time that the kernel has to freeze or to kill.
+const EVENT_DEADLINE: Duration = Duration::from_secs(10);
 
 /// The cgroup of one container.
+#[derive(Clone)]
 pub(crate) struct Cgroup(PathBuf);
 
 impl Cgroup {
     pub(crate) fn of(container_id: &str) -> Self {
-        Self(Path::new("/sys/fs/cgroup/containers").join(container_id))
+        Self(Path::new(CGROUP_ROOT).join(Self::oci_path(container_id).trim_start_matches('/')))
     }
 
-    pub(crate) fn freeze(&self, frozen: bool) -> io::Result<()> {
-        fs::write(self.0.join("cgroup.freeze"), if frozen { "1" } else { "0" })
+    /// Its `linux.cgroupsPath`, whatever the request says: that one names a cgroup of the host.
+    pub(crate) fn oci_path(container_id: &str) -> String {
+        format!("/containers/{container_id}")
+    }
+
+    /// Freezes or thaws, and waits until the kernel says that it is done.
+    pub(crate) async fn freeze(&self, frozen: bool) -> io::Result<()> {
+        let value = if frozen { "1" } else { "0" };
+        fs::write(self.0.join("cgroup.freeze"), value)?;
+        self.until("frozen", u64::from(frozen)).await
     }
 
     /// Kills every process at once.
@@ -24,74 +45,80 @@ impl Cgroup {
         fs::write(self.0.join("cgroup.kill"), "1")
     }
 
+    /// Kills every process, waits until none is left and removes the cgroup, with those that the container made in it.
+    pub(crate) async fn remove(&self) -> io::Result<()> {
+        if !self.0.exists() {
+            return Ok(());
+        }
+        self.kill()?;
+        self.until("populated", 0).await?;
+        remove_tree(&self.0)
+    }
+
+    /// Every process, also of the cgroups that the container made in it.
     pub(crate) fn processes(&self) -> io::Result<Vec<i32>> {
-        Ok(self.read("cgroup.procs")?.lines().filter_map(|line| line.parse().ok()).collect())
+        let mut pids: Vec<i32> = self.read("cgroup.procs")?.lines().filter_map(|line| line.parse().ok()).collect();
+        for below in fs::read_dir(&self.0)?.flatten().filter(|entry| entry.path().is_dir()) {
+            // One that is removed meanwhile has no processes.
+            pids.extend(Self(below.path()).processes().unwrap_or_default());
+        }
+        Ok(pids)
     }
 
-    /// Whether the OOM killer has killed in it.
-    pub(crate) fn oom_killed(&self) -> bool {
+    /// How many processes the OOM killer has killed in it.
+    pub(crate) fn oom_kill_count(&self) -> u64 {
         let events = self.read("memory.events").unwrap_or_default();
-        keyed(&events).any(|(key, value)| key == "oom_kill" && value > 0)
+        keyed(&events).find(|(key, _)| *key == "oom_kill").map_or(0, |(_, count)| count)
     }
 
-    pub(crate) fn remove(&self) {
-        // Not there: libcontainer has removed it.
-        let _ = fs::remove_dir(&self.0);
+    /// Lets its processes open and make the devices that the rules allow, and no others.
+    pub(crate) fn restrict_devices(&self, rules: &[LinuxDeviceCgroup]) -> io::Result<()> {
+        let folder = fs::File::open(&self.0)?;
+        sys::attach_device_program(folder.as_fd(), &devices::program(rules)?)
     }
 
-    pub(crate) fn update(&self, resources: &LinuxResources) -> io::Result<()> {
-        if let Some(limit) = resources.memory().as_ref().and_then(oci_spec::runtime::LinuxMemory::limit) {
-            self.write_limit("memory.max", limit)?;
-        }
-        if let Some(cpu) = resources.cpu() {
-            if let Some(quota) = cpu.quota() {
-                let period = cpu.period().unwrap_or(100_000);
-                let quota = if quota <= 0 { "max".to_owned() } else { quota.to_string() };
-                fs::write(self.0.join("cpu.max"), format!("{quota} {period}"))?;
+    pub(crate) fn memory_events_path(&self) -> PathBuf {
+        self.0.join("memory.events")
+    }
+
+    /// Waits until `cgroup.events` has the value; each change of the file is an event.
+    async fn until(&self, key: &str, wanted: u64) -> io::Result<()> {
+        let inotify = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
+        let changes = sys::watch(inotify)?;
+        inotify::add_watch(changes.get_ref(), self.0.join("cgroup.events"), WatchFlags::MODIFY)?;
+        let wait = async {
+            loop {
+                let events = self.read("cgroup.events")?;
+                if keyed(&events).any(|(found, value)| found == key && value == wanted) {
+                    return Ok(());
+                }
+                next_change(&changes).await?;
             }
-            if let Some(shares) = cpu.shares().filter(|shares| *shares > 0) {
-                let weight = 1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142;
-                fs::write(self.0.join("cpu.weight"), weight.to_string())?;
-            }
-        }
-        if let Some(pids) = resources.pids() {
-            self.write_limit("pids.max", pids.limit())?;
-        }
-        Ok(())
-    }
-
-    fn write_limit(&self, file: &str, limit: i64) -> io::Result<()> {
-        let value = if limit <= 0 { "max".to_owned() } else { limit.to_string() };
-        fs::write(self.0.join(file), value)
-    }
-
-    pub(crate) fn stats(&self) -> io::Result<StatsReply> {
-        let mut stats = StatsReply::new();
-        for (key, value) in keyed(&self.read("cpu.stat")?) {
-            match key {
-                "usage_usec" => stats.cpu_usage_us = value,
-                "user_usec" => stats.cpu_user_us = value,
-                "system_usec" => stats.cpu_system_us = value,
-                "nr_periods" => stats.cpu_periods = value,
-                "nr_throttled" => stats.cpu_throttled_periods = value,
-                "throttled_usec" => stats.cpu_throttled_us = value,
-                _ => {}
-            }
-        }
-        stats.memory_current = number(&self.read("memory.current")?);
-        stats.memory_max = number(&self.read("memory.max")?);
-        stats.memory_peak = number(&self.read("memory.peak")?);
-        stats.pids_current = number(&self.read("pids.current")?);
-        stats.pids_max = number(&self.read("pids.max")?);
-        let owned = |(key, value): (&str, u64)| (key.to_owned(), value);
-        stats.memory_stat = keyed(&self.read("memory.stat")?).map(owned).collect();
-        stats.memory_events = keyed(&self.read("memory.events")?).map(owned).collect();
-        Ok(stats)
+        };
+        let late = || io::Error::new(io::ErrorKind::TimedOut, format!("`{key} {wanted}` did not come in 10000 ms"));
+        tokio::time::timeout(EVENT_DEADLINE, wait).await.unwrap_or_else(|_| Err(late()))
     }
 
     fn read(&self, file: &str) -> io::Result<String> {
         fs::read_to_string(self.0.join(file))
     }
+}
+
+/// Waits for inotify events and takes them all; returns the watch that the last one is of.
+pub(crate) async fn next_change(inotify: &AsyncFd<std::os::fd::OwnedFd>) -> io::Result<i32> {
+    inotify
+        .async_io(tokio::io::Interest::READABLE, |fd| {
+            let mut space = [mem::MaybeUninit::uninit(); 512];
+            Ok(inotify::Reader::new(fd, &mut space).next()?.wd())
+        })
+        .await
+}
+
+fn remove_tree(path: &Path) -> io::Result<()> {
+    for below in fs::read_dir(path)?.flatten().filter(|entry| entry.path().is_dir()) {
+        remove_tree(&below.path())?;
+    }
+    fs::remove_dir(path)
 }
 
 /// Lines of `key value`.
@@ -102,24 +129,13 @@ fn keyed(text: &str) -> impl Iterator<Item = (&str, u64)> {
     })
 }
 
-/// A number, or `max`.
-fn number(text: &str) -> u64 {
-    text.trim().parse().unwrap_or(u64::MAX)
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{keyed, number};
+    use super::keyed;
 
     #[test]
     fn flat_keyed_files_are_read_and_nonsense_is_skipped() {
         let found: Vec<_> = keyed("oom 1\noom_kill 2\nnonsense\nbad x\n").collect();
         assert_eq!(found, [("oom", 1), ("oom_kill", 2)]);
-    }
-
-    #[test]
-    fn no_limit_is_the_largest_number() {
-        assert_eq!(number("max\n"), u64::MAX);
-        assert_eq!(number("42\n"), 42);
     }
 }

@@ -1,14 +1,20 @@
 //! Virtio-fs shares, mounted at `SHARE_DIR/TAG`.
 
 use std::path::PathBuf;
+use std::time::Duration;
 use std::{fs, io};
 
 use agent_api::SHARE_DIR;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
+use crate::hotplug;
+
 /// A tag that is also one safe path component.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ShareTag(String);
+
+/// Time for a device to come that the host has plugged in.
+const DEVICE_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Longest tag of a device (VIRTIO 1.2, 5.11.4).
 const MAX_TAG_LEN: usize = 36;
@@ -36,10 +42,53 @@ impl ShareTag {
         Ok(mount(self.0.as_str(), self.path(), "virtiofs", flags, None)?)
     }
 
-    pub(crate) fn unmount(&self) -> io::Result<()> {
-        unmount(self.path(), UnmountFlags::empty())?;
-        fs::remove_dir(self.path())
+    /// Mounts a share whose device may not have been seen yet: looks at the PCI bus again, and tries at each event of the
+    /// kernel until the device is there.
+    pub(crate) async fn plug_in(&self, read_only: bool) -> io::Result<()> {
+        // Before the look at the bus, so that no event is missed.
+        let events = hotplug::device_events()?;
+        match self.mount(read_only) {
+            Err(error) if is_no_such_device(&error) => hotplug::rescan_pci()?,
+            done => return done,
+        }
+        let mounted = async {
+            loop {
+                match self.mount(read_only) {
+                    Err(error) if is_no_such_device(&error) => hotplug::next_event(&events).await?,
+                    done => return done,
+                }
+            }
+        };
+        let late = || io::Error::new(io::ErrorKind::TimedOut, format!("no device for {} came in 5000 ms", self.0));
+        tokio::time::timeout(DEVICE_DEADLINE, mounted).await.unwrap_or_else(|_| Err(late()))
     }
+
+    /// Unmounts the share and lets go of its device.
+    pub(crate) fn pull_out(&self) -> io::Result<()> {
+        unmount(self.path(), UnmountFlags::empty())?;
+        fs::remove_dir(self.path())?;
+        match self.pci_device()? {
+            Some(device) => fs::write(device.join("remove"), "1"),
+            None => Ok(()),
+        }
+    }
+
+    /// The PCI device of the tag: the kernel lists the file systems by number, each with its tag and its virtio device.
+    fn pci_device(&self) -> io::Result<Option<PathBuf>> {
+        for entry in fs::read_dir("/sys/fs/virtiofs")?.flatten() {
+            let tag = fs::read_to_string(entry.path().join("tag")).unwrap_or_default();
+            if tag.trim_end_matches('\n') == self.0 {
+                let virtio = fs::canonicalize(entry.path().join("device"))?;
+                return Ok(virtio.parent().map(PathBuf::from));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// virtiofs says EINVAL for a tag that no device has.
+fn is_no_such_device(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EINVAL)
 }
 
 #[cfg(test)]

@@ -1,19 +1,26 @@
 //! The byte streams of a process: one vsock connection each, dialled by us, its id first.
+//!
+//! Output is carried until its last writer is gone, or until its process has exited and the pipe is empty: a daemon that
+//! inherited the pipe keeps nobody waiting. What such a daemon writes later is read and dropped, so it lives on.
 
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::sync::Arc;
 
 use agent_api::{HOST_CID, STREAM_PORT};
 use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::unix::pipe;
-use tokio::task::JoinHandle;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, Interest};
+use tokio::sync::watch;
 use tokio_vsock::{VsockAddr, VsockStream};
+
+use crate::reaper::Exit;
+use crate::sys;
 
 /// Size of one read, in bytes.
 const CHUNK: usize = 64 << 10;
+
+/// The exit of the process that a stream belongs to.
+type ProcessExit = watch::Receiver<Option<Exit>>;
 
 /// Dials a stream of the host; nothing for id 0.
 pub(crate) async fn dial(id: u64) -> io::Result<Option<VsockStream>> {
@@ -25,89 +32,131 @@ pub(crate) async fn dial(id: u64) -> io::Result<Option<VsockStream>> {
     Ok(Some(stream))
 }
 
-/// The end that a process reads its standard input from; the task carries the host's bytes to it.
-pub(crate) fn feed(stream: Option<VsockStream>) -> io::Result<(OwnedFd, Option<JoinHandle<()>>)> {
-    let Some(mut stream) = stream else { return Ok((dev_null()?, None)) };
-    let (read_end, write_end) = pipe_with(PipeFlags::CLOEXEC)?;
-    rustix::io::ioctl_fionbio(&write_end, true)?;
-    let mut to = pipe::Sender::from_owned_fd(write_end)?;
-    let task = tokio::spawn(async move {
-        let mut chunk = vec![0; CHUNK];
-        while let Ok(len @ 1..) = stream.read(&mut chunk).await {
-            if to.write_all(&chunk[..len]).await.is_err() {
-                return;
-            }
-        }
-    });
-    Ok((read_end, Some(task)))
+/// A stream of the host and our end of what a process reads or writes.
+pub(crate) struct Carrier {
+    stream: VsockStream,
+    ours: AsyncFd<OwnedFd>,
 }
 
-/// The end that a process writes its output to; a task carries everything to the host, then ends the stream.
-pub(crate) fn drain(stream: Option<VsockStream>) -> io::Result<OwnedFd> {
-    let Some(mut stream) = stream else { return dev_null() };
+/// What a process reads: the end for it, and ours. /dev/null without a stream.
+pub(crate) fn input(stream: Option<VsockStream>) -> io::Result<(OwnedFd, Option<Carrier>)> {
+    let Some(stream) = stream else { return Ok((dev_null()?, None)) };
     let (read_end, write_end) = pipe_with(PipeFlags::CLOEXEC)?;
-    rustix::io::ioctl_fionbio(&read_end, true)?;
-    let mut from = pipe::Receiver::from_owned_fd(read_end)?;
-    tokio::spawn(async move {
-        let mut chunk = vec![0; CHUNK];
-        while let Ok(len @ 1..) = from.read(&mut chunk).await {
-            if stream.write_all(&chunk[..len]).await.is_err() {
-                // Nobody reads: the process learns it as a broken pipe.
-                return;
-            }
-        }
-        let _ = stream.shutdown(std::net::Shutdown::Write);
-    });
-    Ok(write_end)
+    Ok((read_end, Some(Carrier::new(stream, write_end)?)))
 }
 
-/// Carries bytes between a terminal's master and the host.
-pub(crate) fn connect_terminal(
-    master: OwnedFd,
-    input: Option<VsockStream>,
-    output: Option<VsockStream>,
-) -> io::Result<()> {
-    rustix::io::ioctl_fionbio(&master, true)?;
-    let master = Arc::new(crate::sys::watch(master)?);
-    if let Some(mut input) = input {
-        let master = master.clone();
+/// What a process writes: the end for it, and ours. /dev/null without a stream.
+pub(crate) fn output(stream: Option<VsockStream>) -> io::Result<(OwnedFd, Option<Carrier>)> {
+    let Some(stream) = stream else { return Ok((dev_null()?, None)) };
+    let (read_end, write_end) = pipe_with(PipeFlags::CLOEXEC)?;
+    Ok((write_end, Some(Carrier::new(stream, read_end)?)))
+}
+
+/// Ends an input when told how many bytes were sent into it.
+#[derive(Debug)]
+pub(crate) struct InputEnd(watch::Sender<Option<u64>>);
+
+impl InputEnd {
+    /// The input ends after `sent_bytes`, which may still be on their way.
+    pub(crate) fn end_after(&self, sent_bytes: u64) {
+        self.0.send_replace(Some(sent_bytes));
+    }
+}
+
+impl Carrier {
+    /// Takes one direction of a terminal, or an end of a pipe.
+    pub(crate) fn new(stream: VsockStream, ours: OwnedFd) -> io::Result<Self> {
+        rustix::io::ioctl_fionbio(&ours, true)?;
+        Ok(Self { stream, ours: sys::watch(ours)? })
+    }
+
+    /// Carries the host's bytes to the process until it exits, or the stream or the input ends.
+    pub(crate) fn feed(self, mut exit: ProcessExit) -> InputEnd {
+        let (sender, receiver) = watch::channel(None);
         tokio::spawn(async move {
-            let mut chunk = vec![0; CHUNK];
-            while let Ok(len @ 1..) = input.read(&mut chunk).await {
-                if write_all(&master, &chunk[..len]).await.is_err() {
-                    return;
-                }
+            tokio::select! {
+                _ = self.carry_input(receiver) => {}
+                _ = exit.wait_for(Option::is_some) => {}
             }
         });
+        InputEnd(sender)
     }
-    if let Some(mut output) = output {
-        tokio::spawn(async move {
-            let mut chunk = vec![0; CHUNK];
-            // EIO: the last holder of the other side is gone.
-            while let Ok(len @ 1..) = read(&master, &mut chunk).await {
-                if output.write_all(&chunk[..len]).await.is_err() {
-                    return;
-                }
+
+    async fn carry_input(mut self, mut end: watch::Receiver<Option<u64>>) -> io::Result<()> {
+        let mut chunk = vec![0; CHUNK];
+        let mut carried_len = 0;
+        loop {
+            let known_end = *end.borrow_and_update();
+            if known_end.is_some_and(|end| carried_len >= end) {
+                return Ok(());
             }
-            let _ = output.shutdown(std::net::Shutdown::Write);
+            let read = tokio::select! {
+                read = self.stream.read(&mut chunk) => read?,
+                Ok(()) = end.changed() => continue,
+            };
+            if read == 0 {
+                return Ok(());
+            }
+            self.write_all(&chunk[..read]).await?;
+            carried_len += read as u64;
+        }
+    }
+
+    /// Carries what the process writes to the host, then ends the stream.
+    pub(crate) fn drain(mut self, mut exit: ProcessExit) {
+        tokio::spawn(async move {
+            if self.carry_output(&mut exit).await.is_err() {
+                // Nobody reads: the process learns it as a broken pipe, or as a hang-up of its terminal.
+                return;
+            }
+            // The host has ended the stream already.
+            let _ = self.stream.shutdown(std::net::Shutdown::Write);
+            let Self { ours, stream } = self;
+            drop(stream);
+            let mut chunk = vec![0; CHUNK];
+            while let Ok(1..) = read(&ours, &mut chunk).await {}
         });
     }
-    Ok(())
+
+    async fn carry_output(&mut self, exit: &mut ProcessExit) -> io::Result<()> {
+        let mut chunk = vec![0; CHUNK];
+        loop {
+            let exited = exit.borrow().is_some();
+            let read = tokio::select! {
+                biased;
+                // EIO: the last holder of the other side of a terminal is gone.
+                read = read(&self.ours, &mut chunk) => read.unwrap_or(0),
+                // Everything that the process wrote before it exited can be read by now: look once more.
+                _ = exit.wait_for(Option::is_some), if !exited => continue,
+                () = std::future::ready(()), if exited => read_now(&self.ours, &mut chunk),
+            };
+            if read == 0 {
+                return Ok(());
+            }
+            self.stream.write_all(&chunk[..read]).await?;
+        }
+    }
+
+    async fn write_all(&self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            let write = |fd: &OwnedFd| Ok(rustix::io::write(fd.as_fd(), bytes)?);
+            let written = self.ours.async_io(Interest::WRITABLE, write).await?;
+            bytes = &bytes[written..];
+        }
+        Ok(())
+    }
 }
 
 async fn read(fd: &AsyncFd<OwnedFd>, into: &mut [u8]) -> io::Result<usize> {
-    fd.async_io(tokio::io::Interest::READABLE, |fd| Ok(rustix::io::read(fd.as_fd(), &mut *into)?)).await
+    fd.async_io(Interest::READABLE, |fd| Ok(rustix::io::read(fd.as_fd(), &mut *into)?)).await
 }
 
-async fn write_all(fd: &AsyncFd<OwnedFd>, mut bytes: &[u8]) -> io::Result<()> {
-    while !bytes.is_empty() {
-        let written =
-            fd.async_io(tokio::io::Interest::WRITABLE, |fd| Ok(rustix::io::write(fd.as_fd(), bytes)?)).await?;
-        bytes = &bytes[written..];
-    }
-    Ok(())
+/// Reads what is there, whatever the runtime knows of the descriptor's readiness; 0 when there is nothing.
+fn read_now(fd: &AsyncFd<OwnedFd>, into: &mut [u8]) -> usize {
+    rustix::io::read(fd.get_ref(), into).unwrap_or(0)
 }
 
-fn dev_null() -> io::Result<OwnedFd> {
+/// An open /dev/null.
+pub(crate) fn dev_null() -> io::Result<OwnedFd> {
     Ok(std::fs::File::options().read(true).write(true).open("/dev/null")?.into())
 }

@@ -3,7 +3,7 @@
 
 use std::fs::OpenOptions;
 use std::io::{self, Write as _};
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 
 use rustix::ioctl::{Setter, ioctl, opcode};
 
@@ -53,6 +53,88 @@ pub(crate) fn reset_machine() -> io::Result<()> {
 pub(crate) fn take_fd(number: i32) -> OwnedFd {
     // SAFETY: the parent maps exactly these numbers into a fresh child, which takes each once, before it opens anything.
     unsafe { OwnedFd::from_raw_fd(number) }
+}
+
+/// Borrows a descriptor that the parent handed over by number and that this process never closes.
+pub(crate) fn borrow_fd(number: i32) -> BorrowedFd<'static> {
+    // SAFETY: the parent maps exactly this number into a fresh child, and nobody in it closes it before `execve` does.
+    unsafe { BorrowedFd::borrow_raw(number) }
+}
+
+/// Sends a signal; the caller knows that the process has not been reaped.
+pub(crate) fn kill(pid: i32, signal: i32) -> io::Result<()> {
+    // SAFETY: kill takes two numbers and touches no memory of ours.
+    let result = unsafe { libc::kill(pid, signal) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Unblocks every signal and gives each its default action: the runtime of this language ignores SIGPIPE.
+pub(crate) fn reset_signals() -> io::Result<()> {
+    nix::sys::signal::SigSet::empty().thread_set_mask()?;
+    for signal in 1..=libc::SIGRTMAX() {
+        // SAFETY: SIG_DFL installs no code; numbers that cannot be changed are refused with EINVAL.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+    Ok(())
+}
+
+/// `union bpf_attr` as BPF_PROG_LOAD reads it (linux/bpf.h), to the last field that is used.
+#[repr(C)]
+struct BpfProgLoad {
+    prog_type: u32,
+    insn_cnt: u32,
+    insns: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log_buf: u64,
+    kern_version: u32,
+    prog_flags: u32,
+}
+
+/// `union bpf_attr` as BPF_PROG_ATTACH reads it.
+#[repr(C)]
+struct BpfProgAttach {
+    target_fd: i32,
+    attach_bpf_fd: i32,
+    attach_type: u32,
+    attach_flags: u32,
+}
+
+const BPF_PROG_LOAD: libc::c_int = 5;
+const BPF_PROG_ATTACH: libc::c_int = 8;
+const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
+const BPF_CGROUP_DEVICE: u32 = 6;
+const BPF_F_ALLOW_MULTI: u32 = 2;
+
+/// Loads a program of device rules and attaches it to a cgroup, for as long as that exists (bpf(2)).
+pub(crate) fn attach_device_program(cgroup: BorrowedFd<'_>, instructions: &[u64]) -> io::Result<()> {
+    let license = c"Apache-2.0";
+    let load = BpfProgLoad {
+        prog_type: BPF_PROG_TYPE_CGROUP_DEVICE,
+        insn_cnt: u32::try_from(instructions.len()).map_err(io::Error::other)?,
+        insns: instructions.as_ptr().addr() as u64,
+        license: license.as_ptr().addr() as u64,
+        log_level: 0,
+        log_size: 0,
+        log_buf: 0,
+        kern_version: 0,
+        prog_flags: 0,
+    };
+    // SAFETY: the kernel reads `insn_cnt` instructions and a terminated string, both of which outlive the call.
+    let program = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const load, size_of::<BpfProgLoad>()) };
+    let program = i32::try_from(program).ok().filter(|fd| *fd >= 0).ok_or_else(io::Error::last_os_error)?;
+    let program = take_fd(program);
+    let attach = BpfProgAttach {
+        target_fd: cgroup.as_raw_fd(),
+        attach_bpf_fd: program.as_raw_fd(),
+        attach_type: BPF_CGROUP_DEVICE,
+        attach_flags: BPF_F_ALLOW_MULTI,
+    };
+    // SAFETY: the kernel reads the structure and takes references of its own to both open descriptors.
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attach, size_of::<BpfProgAttach>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Sets `IFF_UP` on `lo` (netdevice(7)).

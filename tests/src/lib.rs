@@ -2,14 +2,19 @@
 //!
 //! Stories run where KVM can run guests (`tests/on-kvm`), as root. Each has folders of its own; nothing sleeps.
 
+mod terminal;
+
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use tempfile::TempDir;
+pub use terminal::Terminal;
 
+pub mod guest;
 pub mod image;
+pub mod pod;
 pub mod python;
 pub mod registry;
 
@@ -106,6 +111,34 @@ impl Story {
         Outcome::of(self.vmrun(&arguments).output().expect("vmrun starts"))
     }
 
+    /// `vmrun` with these arguments, to its end.
+    #[must_use]
+    pub fn call(&self, arguments: &[&str]) -> Outcome {
+        outcome(self.vmrun(arguments))
+    }
+
+    /// Starts a detached container of this name.
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub fn detach(&self, name: &str, options: &[&str], command: &[&str]) {
+        let image = self.image();
+        let arguments = [&["run", "--detach", "--name", name], options, &[&image], command].concat();
+        let started = self.call(&arguments);
+        assert_eq!(started.success(), format!("{name}\n"), "{started:?}");
+    }
+
+    /// What `vmrun inspect` says about a container.
+    ///
+    /// # Panics
+    /// When there is none.
+    #[must_use]
+    pub fn inspect(&self, name: &str) -> serde_json::Value {
+        let mut inspected: serde_json::Value =
+            serde_json::from_str(self.call(&["inspect", name]).success()).expect("JSON");
+        inspected[0].take()
+    }
+
     /// Starts a container in the background, and waits until it runs.
     #[must_use]
     pub fn start(&self, name: &str, command: &[&str]) -> Background {
@@ -132,6 +165,10 @@ impl Drop for Story {
     /// Asserts that neither processes nor mounts, cgroups and files of this story's containers are left.
     fn drop(&mut self) {
         if std::thread::panicking() {
+            // The host is shared: what a failed story started must not stay.
+            let names = outcome(self.vmrun(&["ps", "--all", "--quiet"])).stdout;
+            let arguments: Vec<&str> = ["rm", "--force"].into_iter().chain(names.lines()).collect();
+            let _ = outcome(self.vmrun(&arguments));
             return;
         }
         for folder in ["run", "data/containers"] {

@@ -29,3 +29,6 @@ pub const HOST_CID: u32 = 2;
 
 /// Folder of the guest in which the virtio-fs shares are mounted, each under its tag.
 pub const SHARE_DIR: &str = "/run/share";
+
+/// File of the guest that is the init of a container when it is mounted there and run with `init COMMAND`.
+pub const INIT_PATH: &str = "/run/agent/init";

@@ -77,6 +77,49 @@ impl AgentClient {
         bounded("Resize", self.0.resize(context::with_duration(CALL_DEADLINE), &request)).await.map(drop)
     }
 
+    pub(crate) async fn close_stdin(&self, id: &ProcessId, sent_bytes: u64) -> Result<(), CallError> {
+        let request = message::CloseStdinRequest {
+            container_id: id.container_id.clone(),
+            exec_id: id.exec_id.clone(),
+            sent_bytes,
+            ..Default::default()
+        };
+        bounded("CloseStdin", self.0.close_stdin(context::with_duration(CALL_DEADLINE), &request)).await.map(drop)
+    }
+
+    pub(crate) async fn state(&self, id: &ProcessId) -> Result<message::StateReply, CallError> {
+        let request = message::ProcessRequest {
+            container_id: id.container_id.clone(),
+            exec_id: id.exec_id.clone(),
+            ..Default::default()
+        };
+        bounded("State", self.0.state(context::with_duration(CALL_DEADLINE), &request)).await
+    }
+
+    pub(crate) async fn next_events(&self) -> Result<message::EventsReply, CallError> {
+        // Nothing may happen for as long as the sandbox lives.
+        let request = message::Empty::new();
+        self.0.next_events(context::with_timeout(0), &request).await.map_err(|error| translate("NextEvents", error))
+    }
+
+    pub(crate) async fn set_network(&self, request: &message::SetNetworkRequest) -> Result<(), CallError> {
+        bounded("SetNetwork", self.0.set_network(context::with_duration(CALL_DEADLINE), request)).await.map(drop)
+    }
+
+    pub(crate) async fn set_clock(&self, realtime_ns: i64) -> Result<(), CallError> {
+        let request = message::SetClockRequest { realtime_ns, ..Default::default() };
+        bounded("SetClock", self.0.set_clock(context::with_duration(CALL_DEADLINE), &request)).await.map(drop)
+    }
+
+    pub(crate) async fn online_resources(&self) -> Result<message::OnlineResourcesReply, CallError> {
+        let request = message::Empty::new();
+        bounded("OnlineResources", self.0.online_resources(context::with_duration(CALL_DEADLINE), &request)).await
+    }
+
+    pub(crate) async fn update(&self, request: &message::UpdateRequest) -> Result<(), CallError> {
+        bounded("Update", self.0.update(context::with_duration(CALL_DEADLINE), request)).await.map(drop)
+    }
+
     pub(crate) async fn delete(&self, id: &ProcessId, force: bool) -> Result<(), CallError> {
         let request = message::DeleteRequest {
             container_id: id.container_id.clone(),

@@ -12,6 +12,7 @@ pub mod artifacts;
 mod boot;
 pub mod error;
 pub mod plan;
+pub mod probe;
 pub mod share;
 pub mod state;
 mod streams;
@@ -154,7 +155,49 @@ impl Sandbox {
         self.agent.resize(id, rows, columns).await
     }
 
-    /// Removes a stopped container, or kills and removes it.
+    /// Ends the standard input of a process after `sent_bytes`, all that was written to its stream. The way for whoever
+    /// cannot shut the stream's writing side down.
+    ///
+    /// # Errors
+    /// As [`Self::create`].
+    pub async fn close_stdin(&self, id: &ProcessId, sent_bytes: u64) -> Result<(), CallError> {
+        self.agent.close_stdin(id, sent_bytes).await
+    }
+
+    /// What a container or an exec is doing.
+    ///
+    /// # Errors
+    /// As [`Self::create`].
+    pub async fn state(&self, id: &ProcessId) -> Result<message::StateReply, CallError> {
+        self.agent.state(id).await
+    }
+
+    /// Waits for the next events of all containers; each is told once, so this is for one caller.
+    ///
+    /// # Errors
+    /// As [`Self::create`].
+    pub async fn next_events(&self) -> Result<message::EventsReply, CallError> {
+        self.agent.next_events().await
+    }
+
+    /// Changes limits of a container; a resource that is not named stays as it is.
+    ///
+    /// # Errors
+    /// As [`Self::create`].
+    pub async fn update(
+        &self,
+        container_id: &str,
+        resources: &oci_spec::runtime::LinuxResources,
+    ) -> Result<(), CallError> {
+        let request = message::UpdateRequest {
+            container_id: container_id.to_owned(),
+            resources: serde_json::to_vec(resources).map_err(CallError::Encode)?,
+            ..Default::default()
+        };
+        self.agent.update(&request).await
+    }
+
+    /// Removes a created or stopped container, or kills and removes it; or forgets an exec.
     ///
     /// # Errors
     /// As [`Self::create`].

@@ -5,8 +5,8 @@
 
 use std::path::{Path, PathBuf};
 
-use agent_api::SHARE_DIR;
-use oci_spec::runtime::Spec;
+use agent_api::{INIT_PATH, SHARE_DIR};
+use oci_spec::runtime::{Mount, Spec};
 use thiserror::Error;
 use vmm_api::{MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB};
 
@@ -14,6 +14,9 @@ use vmm_api::{MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB};
 pub const ROOTFS_TAG: &str = "rootfs";
 /// Tag of the share that holds every volume, as `v0`, `v1`, ...
 pub const VOLUMES_TAG: &str = "volumes";
+
+/// Path of the init in a container that has one.
+const CONTAINER_INIT: &str = "/dev/init";
 
 /// Size of a VM.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -127,6 +130,22 @@ pub fn plan(mut spec: Spec) -> Result<Plan, PlanError> {
     root.set_path(guest_rootfs());
     spec.set_root(Some(root));
     Ok(Plan { volumes, spec })
+}
+
+/// Makes the guest's small init the first process of the container: it runs the command and reaps what that leaves. `spec` has
+/// guest paths already. `/dev` is a tmpfs, so this works on a read-only root and leaves no file in it.
+pub fn add_init(spec: &mut Spec) {
+    let mut mount = Mount::default();
+    mount.set_destination(CONTAINER_INIT.into());
+    mount.set_typ(Some("bind".to_owned()));
+    mount.set_source(Some(INIT_PATH.into()));
+    mount.set_options(Some(["bind", "ro", "nosuid", "nodev"].map(str::to_owned).to_vec()));
+    spec.mounts_mut().get_or_insert_default().push(mount);
+    if let Some(process) = spec.process_mut() {
+        let command = process.args().clone().unwrap_or_default();
+        let words = [CONTAINER_INIT, "init"].map(str::to_owned).into_iter().chain(command);
+        process.set_args(Some(words.collect()));
+    }
 }
 
 /// Kernel interfaces of the host mean nothing, or too much, in a guest.

@@ -1,11 +1,12 @@
 //! What a caller can ask of the VM itself, beside its containers: state, pause, counters, shares that come and go.
 
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::time::SystemTime;
 
 use vmm_api::CachePolicy;
 use vmm_api::control::{Reply, Request, State, Stats};
 
-use crate::{ControlError, Sandbox};
+use crate::{CallError, ControlError, Sandbox, message};
 
 impl Sandbox {
     /// Whether the vCPUs run.
@@ -44,6 +45,31 @@ impl Sandbox {
             Reply::Stats(stats) => Ok(stats),
             other => Err(unexpected(&other)),
         }
+    }
+
+    /// Sets the guest's interfaces, routes, neighbours and resolver.
+    ///
+    /// # Errors
+    /// What the agent says, or that it no longer answers.
+    pub async fn set_network(&self, request: &message::SetNetworkRequest) -> Result<(), CallError> {
+        self.agent.set_network(request).await
+    }
+
+    /// Sets the guest's clock to ours, after the VM was stopped for a while.
+    ///
+    /// # Errors
+    /// As [`Self::set_network`].
+    pub async fn sync_clock(&self) -> Result<(), CallError> {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        self.agent.set_clock(i64::try_from(now.as_nanos()).unwrap_or(i64::MAX)).await
+    }
+
+    /// Brings every CPU and memory block online that the guest has; returns what is online then.
+    ///
+    /// # Errors
+    /// As [`Self::set_network`].
+    pub async fn online_resources(&self) -> Result<message::OnlineResourcesReply, CallError> {
+        self.agent.online_resources().await
     }
 
     /// Shares another tree with the running VM; the guest mounts it below its folder of shares.

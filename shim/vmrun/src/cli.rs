@@ -198,9 +198,12 @@ pub(crate) struct RunArgs {
     /// Drop a capability.
     #[arg(long, value_name = "CAPABILITY")]
     pub(crate) cap_drop: Vec<String>,
-    /// Security option: no-new-privileges.
+    /// Security option: no-new-privileges, seccomp=unconfined or seccomp=FILE.
     #[arg(long, value_name = "OPTION")]
     pub(crate) security_opt: Vec<String>,
+    /// Give the container every capability and device, and no seccomp profile. It stays in its VM.
+    #[arg(long)]
+    pub(crate) privileged: bool,
     /// Replace the image's entrypoint.
     #[arg(long, value_name = "COMMAND")]
     pub(crate) entrypoint: Option<String>,
@@ -210,6 +213,9 @@ pub(crate) struct RunArgs {
     /// Set a resource limit, as nofile=1024:2048.
     #[arg(long, value_name = "TYPE=SOFT[:HARD]")]
     pub(crate) ulimit: Vec<String>,
+    /// Run the command below an init, which reaps processes and passes signals on.
+    #[arg(long)]
+    pub(crate) init: bool,
     /// Kill the command after this time, as 90s or 1h30m; the exit status is then 124.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     pub(crate) timeout: Option<Duration>,

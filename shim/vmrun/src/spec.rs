@@ -5,14 +5,15 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
 use oci_spec::runtime::{
-    Capabilities, Capability, LinuxBuilder, LinuxCapabilitiesBuilder, LinuxCpuBuilder, LinuxMemoryBuilder,
-    LinuxNamespaceBuilder, LinuxNamespaceType, LinuxPidsBuilder, LinuxResourcesBuilder, Mount, MountBuilder,
-    PosixRlimit, PosixRlimitBuilder, PosixRlimitType, Process, ProcessBuilder, RootBuilder, Spec, SpecBuilder,
-    UserBuilder,
+    Capabilities, Capability, LinuxBuilder, LinuxCapabilitiesBuilder, LinuxCpuBuilder, LinuxDeviceCgroupBuilder,
+    LinuxMemoryBuilder, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxPidsBuilder, LinuxResourcesBuilder, Mount,
+    MountBuilder, PosixRlimit, PosixRlimitBuilder, PosixRlimitType, Process, ProcessBuilder, RootBuilder, Spec,
+    SpecBuilder, UserBuilder,
 };
 
 use crate::cli::RunArgs;
 use crate::image::{self, Image};
+use crate::seccomp;
 use crate::user::User;
 
 /// Docker's path for a command whose image sets none.
@@ -35,6 +36,59 @@ const DEFAULT_CAPABILITIES: [Capability; 14] = [
     Capability::Setuid,
     Capability::SysChroot,
 ];
+
+/// The capabilities that Docker gives only when asked.
+const OTHER_CAPABILITIES: [Capability; 27] = [
+    Capability::AuditControl,
+    Capability::AuditRead,
+    Capability::BlockSuspend,
+    Capability::Bpf,
+    Capability::CheckpointRestore,
+    Capability::DacReadSearch,
+    Capability::IpcLock,
+    Capability::IpcOwner,
+    Capability::Lease,
+    Capability::LinuxImmutable,
+    Capability::MacAdmin,
+    Capability::MacOverride,
+    Capability::NetAdmin,
+    Capability::NetBroadcast,
+    Capability::Perfmon,
+    Capability::SysAdmin,
+    Capability::SysBoot,
+    Capability::SysModule,
+    Capability::SysNice,
+    Capability::SysPacct,
+    Capability::SysPtrace,
+    Capability::SysRawio,
+    Capability::SysResource,
+    Capability::SysTime,
+    Capability::SysTtyConfig,
+    Capability::Syslog,
+    Capability::WakeAlarm,
+];
+
+/// Docker's masked paths.
+const MASKED_PATHS: [&str; 12] = [
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/sys/devices/virtual/powercap",
+    "/sys/firmware",
+];
+
+/// Docker's read-only paths.
+const READONLY_PATHS: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+
+/// Docker's limit on open files, when it is run by systemd.
+const DEFAULT_NOFILE: (u64, u64) = (1024, 524_288);
 
 /// Period of the CPU quota, in microseconds.
 const CPU_PERIOD_US: u64 = 100_000;
@@ -66,20 +120,8 @@ pub(crate) fn container(args: &RunArgs, image: &Image, user: &User, name: &str, 
     let linux = LinuxBuilder::default()
         .namespaces(namespaces()?)
         .resources(resources(args)?)
-        .cgroups_path(PathBuf::from(format!("/containers/{name}")))
-        .masked_paths(strings(&[
-            "/proc/acpi",
-            "/proc/asound",
-            "/proc/kcore",
-            "/proc/keys",
-            "/proc/latency_stats",
-            "/proc/timer_list",
-            "/proc/timer_stats",
-            "/proc/sched_debug",
-            "/proc/scsi",
-            "/sys/firmware",
-        ]))
-        .readonly_paths(strings(&["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]));
+        .cgroups_path(PathBuf::from(format!("/containers/{name}")));
+    let linux = confined(linux, args)?;
     let linux = if args.sysctl.is_empty() { linux } else { linux.sysctl(pairs("--sysctl", &args.sysctl)?) };
     let spec = SpecBuilder::default()
         .version("1.0.2")
@@ -90,6 +132,20 @@ pub(crate) fn container(args: &RunArgs, image: &Image, user: &User, name: &str, 
         .linux(linux.build()?)
         .build()?;
     Ok(spec)
+}
+
+/// Docker's defaults: masked and read-only paths, and a seccomp profile.
+fn confined(linux: LinuxBuilder, args: &RunArgs) -> Result<LinuxBuilder> {
+    let options = SecurityOptions::parse(&args.security_opt)?;
+    if args.privileged {
+        return Ok(linux.masked_paths(Vec::new()).readonly_paths(Vec::new()));
+    }
+    let linux = linux.masked_paths(strings(&MASKED_PATHS)).readonly_paths(strings(&READONLY_PATHS));
+    Ok(match &options.seccomp {
+        Seccomp::Unconfined => linux,
+        Seccomp::Default => linux.seccomp(seccomp::profile(None, &capability_set(args)?)?),
+        Seccomp::File(path) => linux.seccomp(seccomp::profile(Some(path), &capability_set(args)?)?),
+    })
 }
 
 fn strings(words: &[&str]) -> Vec<String> {
@@ -117,6 +173,11 @@ fn resources(args: &RunArgs) -> Result<oci_spec::runtime::LinuxResources> {
     let resources = LinuxResourcesBuilder::default()
         .memory(LinuxMemoryBuilder::default().limit(memory).build()?)
         .cpu(LinuxCpuBuilder::default().quota(quota).period(CPU_PERIOD_US).build()?);
+    let resources = if args.privileged {
+        resources.devices([LinuxDeviceCgroupBuilder::default().allow(true).access("rwm").build()?])
+    } else {
+        resources
+    };
     let resources = match args.pids_limit {
         Some(limit) => resources.pids(LinuxPidsBuilder::default().limit(limit).build()?),
         None => resources,
@@ -148,7 +209,7 @@ fn init_process(args: &RunArgs, image: &Image, user: &User, command: &[String]) 
         .user(UserBuilder::default().uid(user.uid).gid(user.gid).additional_gids(user.additional_gids.clone()).build()?)
         .capabilities(capabilities(args, user.uid)?)
         .rlimits(rlimits(&args.ulimit)?)
-        .no_new_privileges(no_new_privileges(&args.security_opt)?);
+        .no_new_privileges(SecurityOptions::parse(&args.security_opt)?.no_new_privileges);
     Ok(process.build()?)
 }
 
@@ -170,17 +231,7 @@ pub(crate) fn set_all(env: &mut Vec<String>, variables: impl IntoIterator<Item =
 }
 
 fn capabilities(args: &RunArgs, uid: u32) -> Result<oci_spec::runtime::LinuxCapabilities> {
-    let mut set: Capabilities = DEFAULT_CAPABILITIES.into_iter().collect();
-    for name in &args.cap_drop {
-        if name.eq_ignore_ascii_case("all") {
-            set.clear();
-        } else {
-            set.remove(&capability(name)?);
-        }
-    }
-    for name in &args.cap_add {
-        set.insert(capability(name)?);
-    }
+    let set = capability_set(args)?;
     if uid == 0 {
         return capability_sets(&set);
     }
@@ -188,6 +239,28 @@ fn capabilities(args: &RunArgs, uid: u32) -> Result<oci_spec::runtime::LinuxCapa
     let none = Capabilities::new();
     let sets = LinuxCapabilitiesBuilder::default().bounding(set).effective(none.clone()).permitted(none.clone());
     Ok(sets.inheritable(none.clone()).ambient(none).build()?)
+}
+
+/// What the container may have at most. As with Docker, `ALL` of one flag leaves the other to make exceptions.
+fn capability_set(args: &RunArgs) -> Result<Capabilities> {
+    let is_all = |name: &String| name.eq_ignore_ascii_case("all");
+    let mut set: Capabilities = match () {
+        () if args.privileged || args.cap_add.iter().any(is_all) => all_capabilities(),
+        () if args.cap_drop.iter().any(is_all) => Capabilities::new(),
+        () => DEFAULT_CAPABILITIES.into_iter().collect(),
+    };
+    for name in args.cap_drop.iter().filter(|name| !is_all(name)) {
+        set.remove(&capability(name)?);
+    }
+    for name in args.cap_add.iter().filter(|name| !is_all(name)) {
+        set.insert(capability(name)?);
+    }
+    Ok(set)
+}
+
+/// Every capability of the guest's kernel (capabilities(7)).
+fn all_capabilities() -> Capabilities {
+    DEFAULT_CAPABILITIES.into_iter().chain(OTHER_CAPABILITIES).collect()
 }
 
 fn capability_sets(set: &Capabilities) -> Result<oci_spec::runtime::LinuxCapabilities> {
@@ -213,17 +286,46 @@ fn rlimits(ulimits: &[String]) -> Result<Vec<PosixRlimit>> {
         let number = |value: &str| if value == "-1" { Ok(u64::MAX) } else { value.parse().with_context(bad) };
         limits.push(PosixRlimitBuilder::default().typ(typ).soft(number(soft)?).hard(number(hard)?).build()?);
     }
+    if !limits.iter().any(|limit| limit.typ() == PosixRlimitType::RlimitNofile) {
+        let (soft, hard) = DEFAULT_NOFILE;
+        limits.push(PosixRlimitBuilder::default().typ(PosixRlimitType::RlimitNofile).soft(soft).hard(hard).build()?);
+    }
     Ok(limits)
 }
 
-fn no_new_privileges(options: &[String]) -> Result<bool> {
-    for option in options {
-        match option.as_str() {
-            "no-new-privileges" | "no-new-privileges:true" | "no-new-privileges=true" => {}
-            other => bail!("--security-opt {other:?} is not supported; no-new-privileges is"),
+/// What `--security-opt` says.
+#[derive(Debug, Default, Eq, PartialEq)]
+struct SecurityOptions {
+    no_new_privileges: bool,
+    seccomp: Seccomp,
+}
+
+#[derive(Debug, Default, Eq, PartialEq)]
+enum Seccomp {
+    #[default]
+    Default,
+    Unconfined,
+    File(PathBuf),
+}
+
+impl SecurityOptions {
+    fn parse(options: &[String]) -> Result<Self> {
+        let mut parsed = Self::default();
+        for option in options {
+            let (name, value) = option.split_once(['=', ':']).unwrap_or((option, ""));
+            match (name, value) {
+                ("no-new-privileges", "" | "true") => parsed.no_new_privileges = true,
+                ("no-new-privileges", "false") => parsed.no_new_privileges = false,
+                ("seccomp", "unconfined") => parsed.seccomp = Seccomp::Unconfined,
+                ("seccomp", "builtin" | "default") => parsed.seccomp = Seccomp::Default,
+                ("seccomp", path) if !path.is_empty() => parsed.seccomp = Seccomp::File(path.into()),
+                _ => bail!(
+                    "--security-opt {option:?} is not supported: no-new-privileges and seccomp=unconfined|FILE are"
+                ),
+            }
         }
+        Ok(parsed)
     }
-    Ok(!options.is_empty())
 }
 
 fn pairs(flag: &str, words: &[String]) -> Result<std::collections::HashMap<String, String>> {
@@ -232,6 +334,7 @@ fn pairs(flag: &str, words: &[String]) -> Result<std::collections::HashMap<Strin
 }
 
 fn mounts(args: &RunArgs, image: &Image) -> Result<Vec<Mount>> {
+    let sys_mode = if args.privileged { "rw" } else { "ro" };
     let mut mounts = vec![
         mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"])?,
         mount("/dev", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"])?,
@@ -241,8 +344,8 @@ fn mounts(args: &RunArgs, image: &Image) -> Result<Vec<Mount>> {
             "devpts",
             &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
         )?,
-        mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", "ro"])?,
-        mount("/sys/fs/cgroup", "cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", "ro"])?,
+        mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", sys_mode])?,
+        mount("/sys/fs/cgroup", "cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", sys_mode])?,
         mount("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"])?,
         mount("/dev/shm", "tmpfs", "shm", &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"])?,
     ];

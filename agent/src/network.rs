@@ -1,0 +1,163 @@
+//! The guest's network: interfaces, addresses, routes, neighbours and the resolver's configuration.
+
+use std::fs;
+use std::io;
+use std::net::IpAddr;
+
+use agent_api::message::{Interface, Neighbour, Route, SetNetworkRequest};
+use futures::TryStreamExt as _;
+use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
+use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
+use thiserror::Error;
+
+/// Where the resolver's configuration is kept for containers to mount.
+const RESOLV_CONF: &str = "/run/agent/resolv.conf";
+
+/// Why the network could not be set.
+#[derive(Debug, Error)]
+pub(crate) enum NetworkError {
+    #[error("{text:?} is not {what}")]
+    Invalid { what: &'static str, text: String },
+    #[error("no interface {0}")]
+    NoInterface(String),
+    #[error("cannot {action} {of}")]
+    Netlink { action: &'static str, of: String, source: rtnetlink::Error },
+    #[error("cannot {action}")]
+    Io { action: &'static str, source: io::Error },
+}
+
+type Done = Result<(), NetworkError>;
+
+/// Sets everything that the request names.
+pub(crate) async fn apply(request: &SetNetworkRequest) -> Done {
+    let failed = |source| NetworkError::Io { action: "open a netlink socket", source };
+    let (connection, handle, _) = rtnetlink::new_connection().map_err(failed)?;
+    let connection = tokio::spawn(connection);
+    let done = apply_with(&handle, request).await;
+    connection.abort();
+    done
+}
+
+async fn apply_with(handle: &Handle, request: &SetNetworkRequest) -> Done {
+    for interface in &request.interfaces {
+        set_interface(handle, interface).await?;
+    }
+    for route in &request.routes {
+        set_route(handle, route).await?;
+    }
+    for neighbour in &request.neighbours {
+        set_neighbour(handle, neighbour).await?;
+    }
+    if request.resolv_conf.is_empty() {
+        return Ok(());
+    }
+    let written = fs::create_dir_all("/run/agent").and_then(|()| fs::write(RESOLV_CONF, &request.resolv_conf));
+    written.map_err(|source| NetworkError::Io { action: "write resolv.conf", source })
+}
+
+fn failed(action: &'static str, of: &str) -> impl Fn(rtnetlink::Error) -> NetworkError {
+    move |source| NetworkError::Netlink { action, of: of.to_owned(), source }
+}
+
+async fn set_interface(handle: &Handle, interface: &Interface) -> Done {
+    let wanted = if interface.mac.is_empty() { &interface.name } else { &interface.mac };
+    let index = find(handle, &interface.name, &interface.mac).await?;
+    if !interface.mac.is_empty() && !interface.name.is_empty() {
+        // A name can be changed only while the interface is down.
+        let down = LinkUnspec::new_with_index(index).down().build();
+        handle.link().set(down).execute().await.map_err(failed("take down", wanted))?;
+        let named = LinkUnspec::new_with_index(index).name(interface.name.clone()).build();
+        handle.link().set(named).execute().await.map_err(failed("rename", wanted))?;
+    }
+    let mut up = LinkUnspec::new_with_index(index).up();
+    if interface.mtu > 0 {
+        up = up.mtu(interface.mtu);
+    }
+    handle.link().set(up.build()).execute().await.map_err(failed("bring up", wanted))?;
+    for text in &interface.addresses {
+        let (address, prefix_len) = prefix(text)?;
+        let add = handle.address().add(index, address, prefix_len).replace();
+        add.execute().await.map_err(failed("add the address", text))?;
+    }
+    Ok(())
+}
+
+async fn set_route(handle: &Handle, route: &Route) -> Done {
+    let (destination, prefix_len) = prefix(&route.destination)?;
+    let invalid = || NetworkError::Invalid { what: "a route", text: route.destination.clone() };
+    let mut message =
+        RouteMessageBuilder::<IpAddr>::new().destination_prefix(destination, prefix_len).map_err(|_| invalid())?;
+    if !route.gateway.is_empty() {
+        message = message.gateway(address(&route.gateway)?).map_err(|_| invalid())?;
+    }
+    if !route.interface.is_empty() {
+        message = message.output_interface(find(handle, &route.interface, "").await?);
+    }
+    if route.metric > 0 {
+        message = message.priority(route.metric);
+    }
+    let add = handle.route().add(message.build()).replace();
+    add.execute().await.map_err(failed("add the route to", &route.destination))
+}
+
+async fn set_neighbour(handle: &Handle, neighbour: &Neighbour) -> Done {
+    let index = find(handle, &neighbour.interface, "").await?;
+    let add = handle.neighbours().add(index, address(&neighbour.address)?).link_layer_address(&mac(&neighbour.mac)?);
+    add.replace().execute().await.map_err(failed("add the neighbour", &neighbour.address))
+}
+
+/// The index of the interface with the MAC address if that is given, else with the name.
+async fn find(handle: &Handle, name: &str, mac_text: &str) -> Result<u32, NetworkError> {
+    let wanted = if mac_text.is_empty() { None } else { Some(mac(mac_text)?) };
+    let links: Vec<LinkMessage> =
+        handle.link().get().execute().try_collect().await.map_err(failed("list", "the interfaces"))?;
+    let is_wanted = |attribute: &LinkAttribute| match (attribute, &wanted) {
+        (LinkAttribute::Address(found), Some(wanted)) => found.as_slice() == wanted,
+        (LinkAttribute::IfName(found), None) => found == name,
+        _ => false,
+    };
+    let found = links.iter().find(|link| link.attributes.iter().any(is_wanted)).map(|link| link.header.index);
+    found.ok_or_else(|| NetworkError::NoInterface(if mac_text.is_empty() { name } else { mac_text }.to_owned()))
+}
+
+fn address(text: &str) -> Result<IpAddr, NetworkError> {
+    text.parse().map_err(|_| NetworkError::Invalid { what: "an IP address", text: text.to_owned() })
+}
+
+/// An address and the length of its prefix.
+fn prefix(text: &str) -> Result<(IpAddr, u8), NetworkError> {
+    let invalid = || NetworkError::Invalid { what: "an address with the length of its prefix", text: text.to_owned() };
+    let (start, len) = text.split_once('/').ok_or_else(invalid)?;
+    let (start, len): (IpAddr, u8) = (start.parse().map_err(|_| invalid())?, len.parse().map_err(|_| invalid())?);
+    let longest = if start.is_ipv4() { 32 } else { 128 };
+    if len > longest { Err(invalid()) } else { Ok((start, len)) }
+}
+
+fn mac(text: &str) -> Result<Vec<u8>, NetworkError> {
+    let byte = |part: &str| if part.len() == 2 { u8::from_str_radix(part, 16).ok() } else { None };
+    let bytes: Option<Vec<u8>> = text.split(':').map(byte).collect();
+    let invalid = || NetworkError::Invalid { what: "a MAC address", text: text.to_owned() };
+    bytes.filter(|bytes| bytes.len() == 6).ok_or_else(invalid)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{mac, prefix};
+
+    #[test]
+    fn prefix_has_an_address_and_a_length_that_fits() {
+        assert_eq!(prefix("10.0.0.2/24").expect("v4").1, 24);
+        assert_eq!(prefix("fd00::2/64").expect("v6").1, 64);
+        assert!(prefix("10.0.0.2/33").is_err());
+        assert!(prefix("10.0.0.2").is_err());
+        assert!(prefix("x/8").is_err());
+    }
+
+    #[test]
+    fn mac_address_has_six_bytes() {
+        assert_eq!(mac("02:00:00:00:0a:ff").expect("a MAC address"), [2, 0, 0, 0, 10, 255]);
+        assert!(mac("02:00:00:00:0a").is_err());
+        assert!(mac("02:00:00:00:0a:+f").is_err());
+        assert!(mac("").is_err());
+    }
+}

@@ -1,0 +1,134 @@
+//! A VM whose containers a story makes itself, through the host library: for what the command line does not reach.
+
+use std::time::Duration;
+
+use oci_spec::runtime::Spec;
+use sandbox::artifacts::Artifacts;
+use sandbox::plan::{ROOTFS_TAG, VmSize, guest_rootfs};
+use sandbox::share::{Rootfs, rootfs_tree};
+use sandbox::{BootRequest, CachePolicy, CallError, ProcessId, ProcessStreams, Sandbox, WantedStreams};
+use serde_json::{Value, json};
+use tokio::io::AsyncReadExt as _;
+
+use crate::Story;
+
+/// Generous: an emulated host takes seconds.
+const BOOT_DEADLINE: Duration = Duration::from_secs(120);
+
+// Status codes of gRPC.
+/// A malformed request.
+pub const INVALID_ARGUMENT: i32 = 3;
+/// No such thing.
+pub const NOT_FOUND: i32 = 5;
+/// The name is taken.
+pub const ALREADY_EXISTS: i32 = 6;
+/// The wrong state.
+pub const FAILED_PRECONDITION: i32 = 9;
+/// A known field that cannot be honoured.
+pub const UNIMPLEMENTED: i32 = 12;
+
+/// A VM with a story's root file system.
+pub struct Pod(pub Sandbox);
+
+impl Pod {
+    /// Boots it.
+    ///
+    /// # Panics
+    /// When it does not boot.
+    pub async fn boot(story: &Story) -> Self {
+        let rootfs = Rootfs::Directory { path: story.rootfs(), read_only: false };
+        let tree = rootfs_tree(rootfs, &story.scratch()).expect("the root file system is shared");
+        let request = BootRequest {
+            name: "pod".to_owned(),
+            size: VmSize { vcpus: 1, memory_mib: 384 },
+            shares: vec![(ROOTFS_TAG.to_owned(), tree, CachePolicy::Auto)],
+            console: None,
+            artifacts: Artifacts::find().expect("VMRUN_VMM, VMRUN_KERNEL and VMRUN_INITRAMFS name the artefacts"),
+            deadline: BOOT_DEADLINE,
+        };
+        Self(Sandbox::boot(request).await.expect("booted"))
+    }
+
+    /// Makes a container that runs a shell script; `change` edits its spec.
+    ///
+    /// # Errors
+    /// What the agent says.
+    pub async fn create(
+        &self,
+        id: &str,
+        script: &str,
+        change: impl FnOnce(&mut Value),
+    ) -> Result<ProcessStreams, CallError> {
+        let mut spec = spec(script);
+        change(&mut spec);
+        let spec: Spec = serde_json::from_value(spec).expect("a spec");
+        let wanted = WantedStreams { stdin: false, output: true, terminal: None };
+        self.0.create(id, &spec, wanted).await
+    }
+
+    /// Runs a container to its end; returns its exit status and its output, and deletes it.
+    ///
+    /// # Panics
+    /// When it is not made.
+    pub async fn run(&self, id: &str, script: &str, change: impl FnOnce(&mut Value)) -> (u32, String) {
+        let streams = self.create(id, script, change).await.expect("created");
+        self.0.start(id).await.expect("started");
+        let output = read(streams.stdout).await + &read(streams.stderr).await;
+        let exit = self.0.wait(&ProcessId::init(id)).await.expect("waited");
+        self.0.delete(&ProcessId::init(id), false).await.expect("deleted");
+        (exit.exit_code, output)
+    }
+}
+
+/// Reads a stream to its end.
+///
+/// # Panics
+/// When the stream is not there.
+pub async fn read(stream: Option<tokio::net::UnixStream>) -> String {
+    let mut text = String::new();
+    stream.expect("a stream").read_to_string(&mut text).await.expect("text");
+    text
+}
+
+/// The gRPC status of a refusal, and its text.
+///
+/// # Panics
+/// When the call was not refused.
+pub fn refusal<T>(result: Result<T, CallError>) -> (i32, String) {
+    match result {
+        Err(CallError::Refused { code, message }) => (code, message),
+        Err(other) => panic!("not refused: {other}"),
+        Ok(_) => panic!("not refused"),
+    }
+}
+
+/// A small spec with namespaces of its own and the usual mounts.
+fn spec(script: &str) -> Value {
+    let everything = ["CAP_CHOWN", "CAP_KILL", "CAP_SETGID", "CAP_SETUID", "CAP_SYS_ADMIN", "CAP_MKNOD"];
+    json!({
+        "ociVersion": "1.2.0",
+        "root": { "path": guest_rootfs(), "readonly": true },
+        "hostname": "pod",
+        "process": {
+            "user": { "uid": 0, "gid": 0 },
+            "args": ["/bin/sh", "-c", script],
+            "env": ["PATH=/bin"],
+            "cwd": "/",
+            "capabilities": { "bounding": everything, "effective": everything, "permitted": everything }
+        },
+        "mounts": [
+            { "destination": "/proc", "type": "proc", "source": "proc" },
+            { "destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"] },
+            { "destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": ["newinstance", "ptmxmode=0666"] },
+            { "destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["ro"] },
+            { "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"] },
+            { "destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["size=1m", "mode=1777"] }
+        ],
+        "linux": {
+            "namespaces": [
+                { "type": "pid" }, { "type": "mount" }, { "type": "ipc" }, { "type": "uts" }, { "type": "cgroup" }
+            ],
+            "resources": {}
+        }
+    })
+}

@@ -1,0 +1,84 @@
+//! Limits hold, are reported, and can be changed while the container runs.
+#![expect(clippy::unwrap_used, reason = "a story fails where its expectation fails")]
+
+use sandbox::ProcessId;
+use sandbox::message::event::What;
+use serde_json::json;
+use tests::Story;
+use tests::pod::{FAILED_PRECONDITION, Pod, UNIMPLEMENTED, refusal};
+
+/// Takes memory until it is killed.
+const HOG: &str = "tail /dev/zero";
+
+#[test]
+fn container_over_its_memory_is_killed_and_its_processes_are_bounded() {
+    let story = Story::new();
+    let ran = story.run(&["--memory", "64m", "--pids-limit", "20"], &["sh", "-c", HOG]);
+    assert_eq!(ran.code, 137, "{ran:?}");
+    let forks =
+        "for i in $(seq 40); do sleep 5 & done; cat /sys/fs/cgroup/pids.current; cat /sys/fs/cgroup/pids.events";
+    let ran = story.run(&["--pids-limit", "20", "--cpus", "0.2"], &["sh", "-c", forks]);
+    assert!(ran.stderr.contains("fork"), "{ran:?}");
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn oom_kill_is_an_event_before_the_exit() {
+    let story = Story::new();
+    let pod = Pod::boot(&story).await;
+    let limited =
+        |spec: &mut serde_json::Value| spec["linux"]["resources"] = json!({ "memory": { "limit": 32 << 20 } });
+    let _streams = pod.create("one", HOG, limited).await.unwrap();
+    pod.0.start("one").await.unwrap();
+    let exit = pod.0.wait(&ProcessId::init("one")).await.unwrap();
+    assert_eq!((exit.exit_code, exit.oom_killed), (137, true));
+    let mut events = Vec::new();
+    while !events.iter().any(|event| matches!(event, What::Exit(_))) {
+        events.extend(pod.0.next_events().await.unwrap().events.into_iter().filter_map(|event| event.what));
+    }
+    assert!(matches!(events.as_slice(), [What::Oom(_), What::Exit(_)]), "{events:?}");
+    assert!(pod.0.stats("one").await.unwrap().memory_events["oom_kill"] > 0);
+
+    // Another container of the same VM is not concerned.
+    let _streams = pod.create("two", "exit 3", limited).await.unwrap();
+    pod.0.start("two").await.unwrap();
+    let exit = pod.0.wait(&ProcessId::init("two")).await.unwrap();
+    assert_eq!((exit.exit_code, exit.oom_killed), (3, false));
+    pod.0.stop().await;
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn limits_can_be_changed_and_are_seen_to_hold() {
+    let story = Story::new();
+    let pod = Pod::boot(&story).await;
+    let _streams = pod.create("one", "while true; do :; done", |_| {}).await.unwrap();
+    pod.0.start("one").await.unwrap();
+    let resources = json!({
+        "memory": { "limit": 50 << 20, "reservation": 20 << 20, "swap": 60 << 20 },
+        "cpu": { "shares": 1024, "quota": 10_000, "period": 50_000, "burst": 5_000, "cpus": "0", "mems": "0" },
+        "pids": { "limit": 33 },
+        "unified": { "memory.high": "41943040" }
+    });
+    pod.0.update("one", &serde_json::from_value(resources).unwrap()).await.unwrap();
+    let id = ProcessId { container_id: "one".into(), exec_id: "look".into() };
+    let files = "cd /sys/fs/cgroup; cat memory.max memory.low memory.high memory.swap.max cpu.max cpu.max.burst cpu.weight cpuset.cpus pids.max";
+    let process =
+        json!({ "user": { "uid": 0, "gid": 0 }, "args": ["/bin/sh", "-c", files], "cwd": "/", "env": ["PATH=/bin"] });
+    let wanted = sandbox::WantedStreams { stdin: false, output: true, terminal: None };
+    let streams = pod.0.exec(&id, &serde_json::from_value(process).unwrap(), wanted).await.unwrap();
+    let text = tests::pod::read(streams.stdout).await;
+    assert_eq!(text, "52428800\n20971520\n41943040\n10485760\n10000 50000\n5000\n100\n0\n33\n");
+    pod.0.wait(&id).await.unwrap();
+
+    let stats = pod.0.stats("one").await.unwrap();
+    assert!(stats.cpu_throttled_periods > 0 && stats.cpu_throttled_us > 0, "{stats:?}");
+    assert_eq!((stats.memory_max, stats.pids_max, stats.swap_max), (50 << 20, 33, 10 << 20));
+
+    let swappy = json!({ "memory": { "swappiness": 10 } });
+    let refused = refusal(pod.0.update("one", &serde_json::from_value(swappy).unwrap()).await);
+    assert!(refused.0 == UNIMPLEMENTED && refused.1.contains("swappiness"), "{refused:?}");
+    let absurd = json!({ "cpu": { "quota": 1, "period": 1 } });
+    let refused = refusal(pod.0.update("one", &serde_json::from_value(absurd).unwrap()).await);
+    assert!(refused.0 == FAILED_PRECONDITION && refused.1.contains("cpu.max"), "{refused:?}");
+    pod.0.delete(&ProcessId::init("one"), true).await.unwrap();
+    pod.0.stop().await;
+}
