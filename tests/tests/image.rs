@@ -367,7 +367,10 @@ fn a_bundle_runs_as_its_specification_says() {
         "ociVersion": "1.0.2", "root": {"path": "rootfs"}, "hostname": "from-bundle",
         "process": {"args": ["sh", "-c", "hostname; id -u; echo $A; pwd"], "cwd": "/tmp", "env": ["PATH=/bin", "A=b"],
             "user": {"uid": 1000, "gid": 1000}},
-        "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]},
+        ],
         "linux": {"namespaces": [{"type": "pid"}, {"type": "mount"}, {"type": "uts"}, {"type": "ipc"}]},
     });
     let write = |spec: &Value| fs::write(bundle.join("config.json"), spec.to_string()).expect("specification");
