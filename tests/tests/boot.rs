@@ -1,17 +1,32 @@
 //! The VM itself: how it ends and what is then known, how it is controlled, what a guest finds of its CPUs.
 
-use std::fs::File;
-use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::fs::{self, File};
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::fd::{IntoRawFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::Command;
 
+use command_fds::{CommandFdExt as _, FdMapping};
 use tests::Story;
-use tests::guest::{Vm, kernel};
-use vmm_api::control::{ExitReason, Reply, Request, State};
+use tests::guest::{Vm, config, kernel};
+use vmm_api::Fd;
+use vmm_api::control::{Exit, ExitReason, Message, Reply, Request, State};
 
 /// `out 0x80, al`, then `jmp` back to it: a guest that does nothing for ever, with an exit each time.
 const BUSY: [u8; 4] = [0xe6, 0x80, 0xeb, 0xfc];
 /// `mov al, 0xfe; out 0x64, al; hlt`: the reset line of the keyboard controller.
 const RESET: [u8; 5] = [0xb0, 0xfe, 0xe6, 0x64, 0xf4];
+
+/// What `make build` leaves beside vmrun.
+fn beside_vmrun(name: &str) -> PathBuf {
+    let vmrun = std::env::var_os("VMRUN").expect("VMRUN names the program: use `make test`");
+    PathBuf::from(vmrun).with_file_name(name)
+}
+
+fn guest_kernel() -> OwnedFd {
+    File::open(beside_vmrun("vmlinux")).expect("the guest kernel beside vmrun").into()
+}
 
 #[test]
 fn a_reset_ends_the_vm_and_the_last_lines_of_the_console_are_kept() {
@@ -33,9 +48,7 @@ fn a_reset_ends_the_vm_and_the_last_lines_of_the_console_are_kept() {
 
 #[test]
 fn a_panic_of_the_guests_kernel_is_in_the_console_tail() {
-    let vmrun = std::env::var_os("VMRUN").expect("VMRUN names the program: use `make test`");
-    let vmlinux = File::open(Path::new(&vmrun).with_file_name("vmlinux")).expect("the guest kernel beside vmrun");
-    let exit = Vm::start(OwnedFd::from(vmlinux)).end();
+    let exit = Vm::start(guest_kernel()).end();
     assert_eq!(exit.reason, ExitReason::GuestReset);
     assert!(exit.console_tail.contains("Unable to mount root fs"), "{}", exit.console_tail);
 }
@@ -107,4 +120,52 @@ fn eight_cpus_are_one_package_of_eight_cores_and_the_clock_is_kvms() {
     let ran = story.run(&["--cpus", "8"], &["sh", "-c", script]);
     let expected = "8\n8\ncpu cores\t: 8\nsiblings\t: 8\n 0 1 2 3 4 5 6 7\nkvm-clock\n0\n";
     assert_eq!(ran.stdout, expected, "{ran:?}");
+}
+
+#[test]
+fn vcpus_beyond_the_first_ones_are_present_but_do_not_start() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let console = File::create(dir.path().join("console")).expect("a file");
+    let mut config = config(Fd(guest_kernel().into_raw_fd()));
+    config.console = Some(Fd(console.into_raw_fd()));
+    (config.vcpus, config.boot_vcpus) = (4, 2);
+    assert_eq!(Vm::of(&config).end().reason, ExitReason::GuestReset);
+    let console = fs::read_to_string(dir.path().join("console")).expect("text");
+    assert!(console.contains("Brought up 1 node, 2 CPUs"), "{console}");
+    assert!(console.contains("Allowing 4 present CPUs"), "{console}");
+}
+
+#[test]
+fn a_signal_ends_the_vm_and_is_named() {
+    let (mut control, theirs) = UnixStream::pair().expect("a socket pair");
+    let mut config = config(Fd(4));
+    config.control = Fd(3);
+    let mut file = tempfile::tempfile().expect("a temporary file");
+    serde_json::to_writer(&file, &config).expect("written");
+    std::io::Seek::rewind(&mut file).expect("rewound");
+    let passed = [theirs.into(), kernel(&BUSY), OwnedFd::from(file)];
+    let mappings = (3..).zip(passed).map(|(child_fd, parent_fd)| FdMapping { parent_fd, child_fd }).collect();
+    let mut command = Command::new(beside_vmrun("vmm"));
+    command.args(["--config-fd", "5"]).fd_mappings(mappings).expect("distinct numbers");
+    let mut vmm = command.spawn().expect("the VMM starts");
+    let mut lines = BufReader::new(control.try_clone().expect("a socket")).lines();
+    // Its answer says that it watches for signals.
+    writeln!(control, r#"{{"request":"state"}}"#).expect("written");
+    lines.next().expect("a line").expect("readable");
+    let killed = Command::new("kill").args(["-TERM", &vmm.id().to_string()]).status().expect("kill runs");
+    assert!(killed.success());
+    let last: Message = serde_json::from_str(&lines.next().expect("a line").expect("readable")).expect("a message");
+    let Message::Exited(Exit { reason, .. }) = last else { panic!("{last:?}") };
+    assert_eq!(reason, ExitReason::Signal { signal: 15 });
+    assert_eq!(vmm.wait().expect("wait").code(), Some(143));
+}
+
+#[test]
+fn check_passes_here_and_says_so_as_json() {
+    let story = Story::new();
+    let checked = tests::outcome(story.vmrun(&["check", "--json"]));
+    let lines: Vec<serde_json::Value> = serde_json::from_str(&checked.stdout).expect("JSON");
+    let failed: Vec<_> = lines.iter().filter(|line| line["ok"] != true).collect();
+    assert!(failed.is_empty(), "{failed:?}");
+    assert!(lines.iter().any(|line| line["name"] == "kvm speed"), "{lines:?}");
 }

@@ -117,7 +117,7 @@ impl Machine {
             Some(fd) => Some(kernel::load_initramfs(&memory, take("the initramfs", fd)?, kernel_end)?),
             None => None,
         };
-        kernel::write_command_line(&memory, config.console.is_some(), &config.cmdline)?;
+        kernel::write_command_line(&memory, config)?;
         pvh::write_start_info(&memory, initramfs)?;
         memory.write_slice(&mptable::build(config.vcpus), GuestAddress(layout::MP_TABLE))?;
         let vcpus = create_vcpus(&kvm, &vm, config.vcpus, entry)?;
@@ -169,6 +169,9 @@ impl Machine {
 fn check(config: &VmConfig) -> Result<(), BuildError> {
     if !(1..=vmm_api::MAX_VCPUS).contains(&config.vcpus) {
         return Err(BuildError::Config("vcpus must be 1 to 64"));
+    }
+    if !(1..=config.vcpus).contains(&config.boot_vcpus) {
+        return Err(BuildError::Config("boot_vcpus must be 1 to vcpus"));
     }
     if !(vmm_api::MIN_MEMORY_MIB..=vmm_api::MAX_MEMORY_MIB).contains(&config.memory_mib) {
         return Err(BuildError::Config("memory_mib must be 64 to 1048576"));

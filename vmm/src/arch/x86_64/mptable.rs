@@ -82,6 +82,7 @@ fn checksum(bytes: &[u8]) -> u8 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::layout::{HIMEM_START, MP_TABLE};
     use super::{FLOATING_POINTER_LEN, build};
 
     fn sum(bytes: &[u8]) -> u8 {
@@ -89,11 +90,16 @@ mod tests {
     }
 
     #[test]
-    fn both_checksums_hold_for_every_size() {
-        for vcpu_count in [1, 2, 64] {
+    fn every_size_has_right_checksums_counts_and_room() {
+        for vcpu_count in 1..=64 {
             let table = build(vcpu_count);
-            assert_eq!(sum(&table[..usize::from(FLOATING_POINTER_LEN)]), 0);
-            assert_eq!(sum(&table[usize::from(FLOATING_POINTER_LEN)..]), 0);
+            let (pointer, table) = table.split_at(FLOATING_POINTER_LEN.into());
+            assert_eq!((sum(pointer), sum(table)), (0, 0));
+            assert_eq!(usize::from(u16::from_le_bytes([table[4], table[5]])), table.len());
+            // CPUs of 20 bytes, then a bus, an I/O APIC and 17 interrupts of 8 bytes.
+            assert_eq!(table.len(), 44 + usize::from(vcpu_count) * 20 + 19 * 8);
+            assert_eq!(u16::from_le_bytes([table[34], table[35]]), u16::from(vcpu_count) + 19);
+            assert!(MP_TABLE + 16 + (table.len() as u64) < HIMEM_START);
         }
     }
 

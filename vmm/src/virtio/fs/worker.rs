@@ -165,3 +165,6 @@ impl Doorbell {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
