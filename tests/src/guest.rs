@@ -29,9 +29,18 @@ impl Vm {
     /// When it cannot be built.
     #[must_use]
     pub fn start(kernel: OwnedFd) -> Self {
+        Self::of(&config(Fd(kernel.into_raw_fd())))
+    }
+
+    /// Builds and starts the VM of a configuration, whose descriptors it takes.
+    ///
+    /// # Panics
+    /// When it cannot be built.
+    #[must_use]
+    pub fn of(config: &VmConfig) -> Self {
         let (control, theirs) = UnixStream::pair().expect("a socket pair");
         theirs.set_nonblocking(true).expect("a socket");
-        let machine = Machine::build(&config(Fd(kernel.into_raw_fd())), &mut InheritedFds::default()).expect("a machine");
+        let machine = Machine::build(config, &mut InheritedFds::default()).expect("a machine");
         let thread = thread::spawn(move || report_exit(&theirs, machine.run(&theirs).expect("the VM runs")));
         let messages = BufReader::new(control.try_clone().expect("a socket"));
         Self { control, messages, thread }
@@ -78,6 +87,7 @@ pub fn config(kernel: Fd) -> VmConfig {
         name: "story".to_owned(),
         kvm: None,
         vcpus: 1,
+        boot_vcpus: 1,
         memory_mib: 128,
         kernel,
         initramfs: None,

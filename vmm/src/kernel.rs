@@ -1,13 +1,14 @@
 //! Loads the kernel and the initramfs into guest RAM and composes the command line.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek as _};
 use std::os::fd::OwnedFd;
 
 use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use linux_loader::loader::{KernelLoader as _, KernelLoaderResult};
 use thiserror::Error;
 use vm_memory::{Address as _, Bytes as _, GuestAddress, GuestMemory as _, GuestMemoryError, GuestMemoryRegion as _};
+use vmm_api::VmConfig;
 
 use crate::arch::layout::{COMMAND_LINE, COMMAND_LINE_MAX, HIMEM_START};
 use crate::virtio::GuestMemory;
@@ -71,6 +72,8 @@ pub fn load_kernel(memory: &GuestMemory, kernel: OwnedFd) -> Result<(u64, u64), 
 pub fn load_initramfs(memory: &GuestMemory, initramfs: OwnedFd, kernel_end: u64) -> Result<(u64, u64), KernelError> {
     let mut file = File::from(initramfs);
     let size = file.metadata().map_err(KernelError::Read)?.len();
+    // The caller may have read it before.
+    file.rewind().map_err(KernelError::Read)?;
     let low_ram_end = memory.iter().next().map_or(0, |region| region.start_addr().raw_value() + region.len());
     let address =
         low_ram_end.checked_sub(size).map(|address| address & !0xfff).filter(|address| *address >= kernel_end);
@@ -87,24 +90,88 @@ pub fn load_initramfs(memory: &GuestMemory, initramfs: OwnedFd, kernel_end: u64)
 ///
 /// # Errors
 /// [`KernelError::CommandLine`] and [`KernelError::Write`].
-pub fn write_command_line(memory: &GuestMemory, console: bool, added: &str) -> Result<(), KernelError> {
-    let console = if console { COMMAND_LINE_CONSOLE } else { COMMAND_LINE_QUIET };
-    let mut line = format!("{COMMAND_LINE_BASE} {console} {added}").trim_end().to_owned().into_bytes();
+pub fn write_command_line(memory: &GuestMemory, config: &VmConfig) -> Result<(), KernelError> {
+    memory.write_slice(&command_line(config)?, GuestAddress(COMMAND_LINE)).map_err(KernelError::Write)
+}
+
+/// The command line with its final zero.
+fn command_line(config: &VmConfig) -> Result<Vec<u8>, KernelError> {
+    let console = if config.console.is_some() { COMMAND_LINE_CONSOLE } else { COMMAND_LINE_QUIET };
+    let mut line = format!("{COMMAND_LINE_BASE} {console}");
+    if config.boot_vcpus < config.vcpus {
+        line.push_str(&format!(" maxcpus={}", config.boot_vcpus));
+    }
+    let mut line = format!("{line} {}", config.cmdline).trim_end().to_owned().into_bytes();
     line.push(0);
     if line.len() > COMMAND_LINE_MAX {
         return Err(KernelError::CommandLine { len: line.len() });
     }
-    memory.write_slice(&line, GuestAddress(COMMAND_LINE)).map_err(KernelError::Write)
+    Ok(line)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{KernelError, write_command_line};
+    use std::fs::File;
+    use std::io::Write as _;
+
+    use vmm_api::{Fd, VmConfig};
+
+    use super::{COMMAND_LINE_MAX, KernelError, command_line, load_initramfs, load_kernel};
+
+    fn config(vcpus: u8, boot_vcpus: u8, cmdline: String) -> VmConfig {
+        VmConfig {
+            name: String::new(),
+            kvm: None,
+            vcpus,
+            boot_vcpus,
+            memory_mib: 64,
+            kernel: Fd(3),
+            initramfs: None,
+            cmdline,
+            console: None,
+            control: Fd(4),
+            vsock: None,
+            shares: Vec::new(),
+        }
+    }
+
+    fn file(bytes: &[u8]) -> File {
+        let mut file = tempfile::tempfile().expect("a temporary file");
+        file.write_all(bytes).expect("written");
+        file
+    }
 
     #[test]
     fn a_command_line_that_would_be_cut_is_refused() {
-        let memory = crate::memory::create(64).expect("memory");
-        let error = write_command_line(&memory, false, &"x".repeat(4096)).expect_err("refused");
+        let error = command_line(&config(1, 1, "x".repeat(COMMAND_LINE_MAX))).expect_err("refused");
         assert!(matches!(error, KernelError::CommandLine { .. }));
+    }
+
+    #[test]
+    fn vcpus_beyond_the_first_ones_stay_offline() {
+        let line = |vcpus, boot_vcpus| {
+            String::from_utf8(command_line(&config(vcpus, boot_vcpus, "last".to_owned())).expect("short"))
+                .expect("text")
+        };
+        assert!(line(8, 2).ends_with(" maxcpus=2 last\0"));
+        assert!(!line(8, 8).contains("maxcpus"));
+    }
+
+    #[test]
+    fn what_is_no_kernel_is_refused() {
+        let memory = crate::memory::create(64).expect("memory");
+        let refused = |bytes: &[u8]| load_kernel(&memory, file(bytes).into()).expect_err("refused");
+        assert!(matches!(refused(b""), KernelError::Load(_)));
+        assert!(matches!(refused(&[0x1f, 0x8b, 8, 0]), KernelError::Load(_)));
+        assert!(matches!(refused(&[0x7f; 4096]), KernelError::Load(_)));
+    }
+
+    #[test]
+    fn an_initramfs_lies_at_the_top_of_low_ram_or_is_too_large() {
+        let memory = crate::memory::create(64).expect("memory");
+        let (address, size) = load_initramfs(&memory, file(&[1; 5000]).into(), 0x10_0000).expect("loaded");
+        assert_eq!((address, size), ((64 << 20) - 8192, 5000));
+        let error = load_initramfs(&memory, file(&[1; 5000]).into(), 64 << 20).expect_err("no room");
+        assert!(matches!(error, KernelError::InitramfsTooLarge { size: 5000 }));
     }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use kvm_bindings::{
     CpuId, KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY,
-    kvm_pit_config, kvm_userspace_memory_region,
+    kvm_cpuid_entry2, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use thiserror::Error;
@@ -124,6 +124,17 @@ pub fn create_vm(kvm: &Kvm, memory: &GuestMemory) -> Result<Arc<VmFd>, KvmError>
 pub fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, KvmError> {
     kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(|source| KvmError::Ioctl { ioctl: "KVM_GET_SUPPORTED_CPUID", source })
+}
+
+/// Tells a vCPU what it shows of itself.
+///
+/// # Errors
+/// [`KvmError::Ioctl`].
+pub fn set_cpuid(vcpu: &VcpuFd, entries: &[kvm_cpuid_entry2]) -> Result<(), KvmError> {
+    let refused = |source| KvmError::Ioctl { ioctl: "KVM_SET_CPUID2", source };
+    let table = CpuId::from_entries(entries)
+        .map_err(|_| refused(kvm_ioctls::Error::new(rustix::io::Errno::TOOBIG.raw_os_error())))?;
+    vcpu.set_cpuid2(&table).map_err(refused)
 }
 
 /// What KVM says of an exit that it calls an internal error (KVM API, 5, `KVM_EXIT_INTERNAL_ERROR`).

@@ -117,7 +117,7 @@ impl Machine {
             Some(fd) => Some(kernel::load_initramfs(&memory, take("the initramfs", fd)?, kernel_end)?),
             None => None,
         };
-        kernel::write_command_line(&memory, config.console.is_some(), &config.cmdline)?;
+        kernel::write_command_line(&memory, config)?;
         pvh::write_start_info(&memory, initramfs)?;
         memory.write_slice(&mptable::build(config.vcpus), GuestAddress(layout::MP_TABLE))?;
         let vcpus = create_vcpus(&kvm, &vm, config.vcpus, entry)?;
@@ -170,6 +170,9 @@ fn check(config: &VmConfig) -> Result<(), BuildError> {
     if !(1..=vmm_api::MAX_VCPUS).contains(&config.vcpus) {
         return Err(BuildError::Config("vcpus must be 1 to 64"));
     }
+    if !(1..=config.vcpus).contains(&config.boot_vcpus) {
+        return Err(BuildError::Config("boot_vcpus must be 1 to vcpus"));
+    }
     if !(vmm_api::MIN_MEMORY_MIB..=vmm_api::MAX_MEMORY_MIB).contains(&config.memory_mib) {
         return Err(BuildError::Config("memory_mib must be 64 to 1048576"));
     }
@@ -182,7 +185,7 @@ fn create_vcpus(kvm: &kvm_ioctls::Kvm, vm: &VmFd, count: u8, entry: u64) -> Resu
     let mut vcpus = Vec::new();
     for index in 0..count {
         let vcpu = vm.create_vcpu(index.into()).map_err(ioctl("KVM_CREATE_VCPU"))?;
-        vcpu.set_cpuid2(&cpuid::of_vcpu(&supported, index, count)).map_err(ioctl("KVM_SET_CPUID2"))?;
+        kvm::set_cpuid(&vcpu, &cpuid::of_vcpu(&supported, index, count))?;
         registers::set_common(&vcpu).map_err(ioctl("setting MSRs and local APIC"))?;
         if index == 0 {
             registers::set_boot_registers(&vcpu, entry).map_err(ioctl("setting registers"))?;

@@ -18,8 +18,11 @@ use vmm_api::{Fd, VmConfig};
 #[command(version)]
 struct Cli {
     /// Number of the open descriptor that holds the configuration as JSON.
-    #[arg(long, value_name = "FD")]
-    config_fd: i32,
+    #[arg(long, value_name = "FD", required_unless_present = "probe")]
+    config_fd: Option<i32>,
+    /// Run no VM, but say as JSON whether this host's KVM can.
+    #[arg(long)]
+    probe: bool,
     /// What to log on standard error: error, warn, info, debug or trace.
     #[arg(long, default_value = "warn", value_name = "LEVEL")]
     log_level: tracing::Level,
@@ -28,7 +31,11 @@ struct Cli {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     tracing_subscriber::fmt().with_max_level(cli.log_level).with_writer(std::io::stderr).init();
-    match run(cli.config_fd) {
+    let outcome = match cli.config_fd {
+        Some(config_fd) if !cli.probe => run(config_fd),
+        _ => print_probe(),
+    };
+    match outcome {
         Ok(code) => code.into(),
         Err(error) => {
             eprintln!("vmm: {error:#}");
@@ -39,6 +46,10 @@ fn main() -> ExitCode {
 
 fn run(config_fd: i32) -> Result<u8> {
     raise_descriptor_limit().context("cannot raise the limit of open files")?;
+    // The kernel ends us with the thread that spawned us, even when we are stopped or stuck. A closed control socket, by which
+    // we notice in any other case, needs our event loop.
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
+        .context("cannot ask to die with the owner")?;
     let mut fds = InheritedFds::default();
     let config = File::from(fds.take(Fd(config_fd)).context("--config-fd is not an open descriptor")?);
     let config: VmConfig = serde_json::from_reader(config).context("cannot read the configuration")?;
@@ -56,6 +67,11 @@ fn run(config_fd: i32) -> Result<u8> {
     let code = exit.reason.code();
     report_exit(&control, exit);
     Ok(code)
+}
+
+fn print_probe() -> Result<u8> {
+    println!("{}", serde_json::to_string(&vmm::probe::probe())?);
+    Ok(0)
 }
 
 /// A panic is a fault of ours: the owner learns of it before the process aborts.

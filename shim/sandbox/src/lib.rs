@@ -13,6 +13,7 @@ mod boot;
 mod copy;
 pub mod error;
 pub mod plan;
+pub mod probe;
 pub mod share;
 pub mod state;
 mod streams;

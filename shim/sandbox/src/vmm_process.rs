@@ -90,6 +90,7 @@ impl VmmProcess {
             name: spawn.name,
             kvm: Some(passed.add(spawn.kvm)),
             vcpus: spawn.size.vcpus,
+            boot_vcpus: spawn.size.vcpus,
             memory_mib: spawn.size.memory_mib,
             kernel: passed.add(spawn.kernel),
             initramfs: Some(passed.add(spawn.initramfs)),

@@ -6,6 +6,7 @@
 
 pub mod control;
 pub mod fds;
+pub mod probe;
 
 use serde::{Deserialize, Serialize};
 
@@ -24,6 +25,8 @@ pub struct VmConfig {
     pub kvm: Option<Fd>,
     /// Number of vCPUs, 1..=[`MAX_VCPUS`].
     pub vcpus: u8,
+    /// How many of them the guest starts at boot, 1..=`vcpus`; it can bring the others up later.
+    pub boot_vcpus: u8,
     /// Guest RAM in MiB, [`MIN_MEMORY_MIB`]..=[`MAX_MEMORY_MIB`].
     pub memory_mib: u32,
     /// The guest kernel: an uncompressed ELF `vmlinux` with a PVH note.

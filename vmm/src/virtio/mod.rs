@@ -8,6 +8,8 @@ use vhost_user_backend::bitmap::BitmapMmapRegion;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+#[cfg(test)]
+pub(crate) mod driver;
 pub mod fs;
 pub mod pci;
 pub mod rng;

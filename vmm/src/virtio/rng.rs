@@ -103,3 +103,69 @@ impl ActiveRng {
         if written { u32::try_from(count).unwrap_or(0) } else { 0 }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use vm_memory::{Bytes as _, GuestAddress};
+
+    use super::super::driver::{DriverQueue, NEXT, WRITE};
+    use super::*;
+
+    fn device() -> (ActiveRng, DriverQueue) {
+        let memory = crate::memory::create(64).expect("memory");
+        let driver = DriverQueue::new(&memory, 0x1_0000, 16);
+        (ActiveRng { memory, queue: driver.activate() }, driver)
+    }
+
+    #[test]
+    fn a_buffer_is_filled() {
+        let (mut device, mut driver) = device();
+        let head = driver.put(&[(0x10_0000, 64, true)]);
+        device.on_event(0, EventSet::IN);
+        assert_eq!(driver.take_used(), Some((head, 64)));
+        let mut bytes = [0; 64];
+        device.memory.read_slice(&mut bytes, GuestAddress(0x10_0000)).expect("in RAM");
+        assert_ne!(bytes, [0; 64]);
+    }
+
+    #[test]
+    fn a_buffer_that_cannot_be_written_is_given_back_empty_and_a_huge_one_is_filled_in_part() {
+        let (mut device, mut driver) = device();
+        driver.put(&[(0xd000_0000, 64, true)]);
+        driver.put(&[(0x10_0000, 64, false)]);
+        driver.put(&[(0x10_0000, 1 << 20, true)]);
+        device.on_event(0, EventSet::IN);
+        let lens: Vec<_> = std::iter::from_fn(|| driver.take_used()).map(|(_, len)| len).collect();
+        assert_eq!(lens, [0, 0, 64 << 10]);
+    }
+
+    #[test]
+    fn a_chain_without_an_end_ends() {
+        let (mut device, mut driver) = device();
+        driver.describe(0, 0x10_0000, 8, NEXT, 1);
+        driver.describe(1, 0x10_0000, 8, NEXT, 0);
+        driver.offer(0);
+        driver.describe(2, 0x10_0000, 8, NEXT | WRITE, 2);
+        driver.offer(2);
+        device.on_event(0, EventSet::IN);
+        assert_eq!((driver.take_used(), driver.take_used()), (Some((0, 0)), Some((2, 8))));
+    }
+
+    proptest! {
+        #[test]
+        fn no_ring_panics(
+            descriptors in prop::collection::vec((any::<u64>(), any::<u32>(), any::<u16>(), any::<u16>()), 0..16),
+            heads in prop::collection::vec(any::<u16>(), 0..20),
+            claimed in any::<Option<u16>>(),
+        ) {
+            let (mut device, mut driver) = device();
+            for (index, (address, len, flags, next)) in (0..).zip(descriptors) {
+                driver.describe(index, address % (128 << 20), len, flags, next);
+            }
+            heads.into_iter().for_each(|head| driver.offer(head));
+            claimed.into_iter().for_each(|index| driver.claim(index));
+            device.on_event(0, EventSet::IN);
+        }
+    }
+}

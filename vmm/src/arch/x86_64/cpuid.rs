@@ -1,6 +1,6 @@
 //! What a guest is told about its CPU: what KVM can emulate, less what a guest must not have.
 
-use kvm_bindings::CpuId;
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 const ECX_VMX: u32 = 1 << 5;
 const ECX_TSC_DEADLINE: u32 = 1 << 24;
@@ -8,11 +8,21 @@ const ECX_HYPERVISOR: u32 = 1 << 31;
 const EDX_HTT: u32 = 1 << 28;
 const EXT_ECX_SVM: u32 = 1 << 2;
 
-/// The table of one vCPU. Nested virtualization and the performance counters are hidden.
+/// Extended topology, and its successor that Linux asks for first (Intel SDM, CPUID).
+const LEAF_TOPOLOGY: u32 = 0xb;
+const LEAF_TOPOLOGY_V2: u32 = 0x1f;
+const LEVEL_THREAD: u32 = 1 << 8;
+const LEVEL_CORE: u32 = 2 << 8;
+/// Bits of an APIC id that number the cores of a package: 128 of them are more than a VM has.
+const CORE_BITS: u32 = 7;
+
+/// The table of one vCPU: one thread per core, all cores in one package. Nested virtualization and the performance counters
+/// are hidden.
 #[must_use]
-pub fn of_vcpu(supported: &CpuId, vcpu_index: u8, vcpu_count: u8) -> CpuId {
-    let mut cpuid = supported.clone();
-    for entry in cpuid.as_mut_slice() {
+pub fn of_vcpu(supported: &CpuId, vcpu_index: u8, vcpu_count: u8) -> Vec<kvm_cpuid_entry2> {
+    let last_core = u32::from(vcpu_count.saturating_sub(1));
+    let mut entries = Vec::new();
+    for mut entry in supported.as_slice().iter().copied() {
         match entry.function {
             // Features; initial APIC id and logical processors in EBX (Intel SDM, CPUID leaf 1).
             1 => {
@@ -23,43 +33,88 @@ pub fn of_vcpu(supported: &CpuId, vcpu_index: u8, vcpu_count: u8) -> CpuId {
                 }
             }
             // Cache topology: every cache belongs to one core, all cores are in one package.
-            4 => entry.eax = (entry.eax & 0x3fff) | u32::from(vcpu_count.saturating_sub(1)) << 26,
+            4 => entry.eax = (entry.eax & 0x3fff) | last_core << 26,
             // Performance counters: none.
             0xa => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
-            // Topology: one thread per core, all cores in one package.
-            0xb | 0x1f => {
-                entry.edx = u32::from(vcpu_index);
-                match entry.index {
-                    0 => (entry.eax, entry.ebx, entry.ecx) = (0, 1, 1 << 8),
-                    1 => (entry.eax, entry.ebx, entry.ecx) = (7, u32::from(vcpu_count), 2 << 8 | 1),
-                    level => (entry.eax, entry.ebx, entry.ecx) = (0, 0, level),
-                }
-            }
+            // KVM gives one level; ours stand behind the others.
+            LEAF_TOPOLOGY | LEAF_TOPOLOGY_V2 => continue,
             0x8000_0001 => entry.ecx &= !EXT_ECX_SVM,
-            0x8000_0008 => entry.ecx = 7 << 12 | u32::from(vcpu_count.saturating_sub(1)),
+            0x8000_0008 => entry.ecx = CORE_BITS << 12 | last_core,
             // SVM features: none.
             0x8000_000a => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
+            // Cache topology (AMD).
+            0x8000_001d => entry.eax &= 0x3fff,
             // Extended APIC id (AMD).
             0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (u32::from(vcpu_index), u32::from(vcpu_index), 0),
             _ => {}
         }
+        entries.push(entry);
     }
-    cpuid
+    let max_leaf = entries.iter().find(|entry| entry.function == 0).map_or(0, |entry| entry.eax);
+    if max_leaf >= LEAF_TOPOLOGY {
+        entries.extend(topology(vcpu_index, vcpu_count));
+    }
+    entries
+}
+
+/// The two levels, and the one that ends the list.
+fn topology(vcpu_index: u8, vcpu_count: u8) -> [kvm_cpuid_entry2; 3] {
+    let level = |index, eax, ebx, ecx| kvm_cpuid_entry2 {
+        function: LEAF_TOPOLOGY,
+        index,
+        flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+        eax,
+        ebx,
+        ecx,
+        edx: u32::from(vcpu_index),
+        ..Default::default()
+    };
+    [level(0, 0, 1, LEVEL_THREAD), level(1, CORE_BITS, u32::from(vcpu_count), LEVEL_CORE | 1), level(2, 0, 0, 2)]
 }
 
 #[cfg(test)]
 mod tests {
     use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+    use proptest::prelude::*;
 
     use super::{ECX_VMX, EXT_ECX_SVM, of_vcpu};
 
+    fn entry(function: u32, eax: u32, ecx: u32) -> kvm_cpuid_entry2 {
+        kvm_cpuid_entry2 { function, eax, ecx, ..Default::default() }
+    }
+
     #[test]
-    fn nested_virtualization_is_hidden() {
-        let entry = |function, ecx| kvm_cpuid_entry2 { function, ecx, ..Default::default() };
-        let supported = CpuId::from_entries(&[entry(1, u32::MAX), entry(0x8000_0001, u32::MAX)]).expect("cpuid");
-        let cpuid = of_vcpu(&supported, 2, 4);
-        assert_eq!(cpuid.as_slice()[0].ecx & ECX_VMX, 0);
-        assert_eq!(cpuid.as_slice()[0].ebx >> 16, 2 << 8 | 4);
-        assert_eq!(cpuid.as_slice()[1].ecx & EXT_ECX_SVM, 0);
+    fn nested_virtualization_and_performance_counters_are_hidden() {
+        let all = u32::MAX;
+        let supported =
+            [entry(1, 0, all), entry(0x8000_0001, 0, all), entry(0xa, all, all), entry(0x8000_000a, all, all)];
+        let cpuid = of_vcpu(&CpuId::from_entries(&supported).expect("cpuid"), 2, 4);
+        assert_eq!(cpuid[0].ecx & ECX_VMX, 0);
+        assert_eq!(cpuid[0].ebx >> 16, 2 << 8 | 4);
+        assert_eq!(cpuid[1].ecx & EXT_ECX_SVM, 0);
+        assert_eq!((cpuid[2].eax, cpuid[3].eax), (0, 0));
+    }
+
+    #[test]
+    fn topology_is_there_whatever_kvm_says_of_it_unless_the_cpu_is_too_old() {
+        let supported = CpuId::from_entries(&[entry(0, 0xd, 0), entry(0xb, 0, 0), entry(0x1f, 0, 0)]).expect("cpuid");
+        let cpuid = of_vcpu(&supported, 5, 8);
+        let levels: Vec<_> =
+            cpuid.iter().filter(|e| e.function == 0xb).map(|e| (e.index, e.eax, e.ebx, e.edx)).collect();
+        assert_eq!(levels, [(0, 0, 1, 5), (1, 7, 8, 5), (2, 0, 0, 5)]);
+        assert!(!cpuid.iter().any(|e| e.function == 0x1f));
+        let old = CpuId::from_entries(&[entry(0, 0xa, 0)]).expect("cpuid");
+        assert_eq!(of_vcpu(&old, 0, 1).len(), 1);
+    }
+
+    proptest! {
+        #[test]
+        fn every_vcpu_has_an_apic_id_of_its_own_in_one_package(count in 1_u8..=64) {
+            let supported = CpuId::from_entries(&[entry(0, 0x20, 0), entry(1, 0, 0)]).expect("cpuid");
+            let ids: std::collections::BTreeSet<u32> =
+                (0..count).map(|index| of_vcpu(&supported, index, count)[1].ebx >> 24).collect();
+            prop_assert_eq!(ids.len(), usize::from(count));
+            prop_assert!(ids.iter().all(|id| id >> 7 == 0));
+        }
     }
 }

@@ -3,7 +3,7 @@
 
 use super::layout::{IOAPIC, LAPIC, MP_TABLE};
 
-const FLOATING_POINTER_LEN: usize = 16;
+const FLOATING_POINTER_LEN: u8 = 16;
 const HEADER_LEN: usize = 44;
 const APIC_VERSION: u8 = 0x14;
 const ENTRY_PROCESSOR: u8 = 0;
@@ -66,8 +66,8 @@ pub fn build(vcpu_count: u8) -> Vec<u8> {
 }
 
 fn floating_pointer() -> Vec<u8> {
-    let table_address = u32::try_from(MP_TABLE).expect("below 1 MiB") + FLOATING_POINTER_LEN as u32;
-    let mut pointer = Vec::with_capacity(FLOATING_POINTER_LEN);
+    let table_address = u32::try_from(MP_TABLE).expect("below 1 MiB") + u32::from(FLOATING_POINTER_LEN);
+    let mut pointer = Vec::with_capacity(FLOATING_POINTER_LEN.into());
     pointer.extend_from_slice(b"_MP_");
     pointer.extend_from_slice(&table_address.to_le_bytes());
     pointer.extend_from_slice(&[1, 4, 0, 0, 0, 0, 0, 0]);
@@ -82,6 +82,7 @@ fn checksum(bytes: &[u8]) -> u8 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::layout::{HIMEM_START, MP_TABLE};
     use super::{FLOATING_POINTER_LEN, build};
 
     fn sum(bytes: &[u8]) -> u8 {
@@ -89,18 +90,23 @@ mod tests {
     }
 
     #[test]
-    fn both_checksums_hold_for_every_size() {
-        for vcpu_count in [1, 2, 64] {
+    fn every_size_has_right_checksums_counts_and_room() {
+        for vcpu_count in 1..=64 {
             let table = build(vcpu_count);
-            assert_eq!(sum(&table[..FLOATING_POINTER_LEN]), 0);
-            assert_eq!(sum(&table[FLOATING_POINTER_LEN..]), 0);
+            let (pointer, table) = table.split_at(FLOATING_POINTER_LEN.into());
+            assert_eq!((sum(pointer), sum(table)), (0, 0));
+            assert_eq!(usize::from(u16::from_le_bytes([table[4], table[5]])), table.len());
+            // CPUs of 20 bytes, then a bus, an I/O APIC and 17 interrupts of 8 bytes.
+            assert_eq!(table.len(), 44 + usize::from(vcpu_count) * 20 + 19 * 8);
+            assert_eq!(u16::from_le_bytes([table[34], table[35]]), u16::from(vcpu_count) + 19);
+            assert!(MP_TABLE + 16 + (table.len() as u64) < HIMEM_START);
         }
     }
 
     #[test]
     fn the_table_lists_every_cpu() {
         let table = build(3);
-        let entries = &table[FLOATING_POINTER_LEN + 44..];
+        let entries = &table[usize::from(FLOATING_POINTER_LEN) + 44..];
         assert_eq!([entries[0], entries[20], entries[40]], [0; 3]);
         assert_eq!([entries[1], entries[21], entries[41]], [0, 1, 2]);
         assert_eq!(entries[60], 1);

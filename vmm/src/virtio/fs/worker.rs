@@ -3,6 +3,7 @@
 use std::io::{self, Read as _};
 use std::os::fd::AsRawFd as _;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
 use virtio_queue::QueueT as _;
@@ -22,6 +23,7 @@ const OUT_HEADER_LEN: usize = 16;
 /// Stops and joins its thread when dropped.
 pub(super) struct Worker {
     stop: EventFd,
+    stopping: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -35,8 +37,8 @@ impl Worker {
     ) -> io::Result<Self> {
         let stop = EventFd::new(EFD_NONBLOCK)?;
         let doorbell = Doorbell::create(&queue.kick, &stop)?;
-        let stopping = stop.try_clone()?;
-        let mut serving = Serving { queue, memory, server, stopping };
+        let stopping = Arc::new(AtomicBool::new(false));
+        let mut serving = Serving { queue, memory, server, stopping: stopping.clone() };
         let thread = thread::Builder::new().name(format!("fs{index}")).spawn(move || {
             // virtiofsd changes the umask and the credentials of the calling thread only; the umask needs its own fs_struct.
             if nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS).is_err() {
@@ -45,13 +47,14 @@ impl Worker {
             }
             serving.run(&doorbell);
         })?;
-        Ok(Self { stop, thread: Some(thread) })
+        Ok(Self { stop, stopping, thread: Some(thread) })
     }
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        // The counter cannot overflow: this is its only write.
+        // Seen by a worker that is never out of requests; the eventfd wakes one that waits. This is its only write.
+        self.stopping.store(true, Ordering::Relaxed);
         let _ = self.stop.write(1);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -63,7 +66,7 @@ struct Serving {
     queue: ActiveQueue,
     memory: Arc<GuestMemory>,
     server: Arc<Server<CheckedFs>>,
-    stopping: EventFd,
+    stopping: Arc<AtomicBool>,
 }
 
 impl Serving {
@@ -76,16 +79,6 @@ impl Serving {
                 return;
             }
         }
-    }
-
-    /// Whether the order to stop has come; it stays, so that the doorbell sees it too.
-    fn stopping(&self) -> bool {
-        let stopping = self.stopping.read().is_ok();
-        if stopping {
-            // The counter was just emptied.
-            let _ = self.stopping.write(1);
-        }
-        stopping
     }
 
     fn serve_all(&mut self) -> Result<(), virtio_queue::Error> {
@@ -112,7 +105,7 @@ impl Serving {
             if empty_turns > MAX_EMPTY_TURNS {
                 return Err(virtio_queue::Error::InvalidAvailRingIndex);
             }
-            if self.stopping() {
+            if self.stopping.load(Ordering::Relaxed) {
                 return Ok(());
             }
         }
@@ -172,3 +165,6 @@ impl Doorbell {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

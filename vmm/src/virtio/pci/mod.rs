@@ -28,6 +28,7 @@ mod transport;
 
 use doorbells::Doorbells;
 pub use msix::Interrupt;
+use msix::MessageTarget;
 use transport::Transport;
 
 const CONFIG_ADDRESS_PORT: u64 = 0xcf8;
@@ -102,7 +103,8 @@ impl PciBus {
         let window = PCI_WINDOW_START + index as u64 * WINDOW_LEN;
         let doorbells = Doorbells::create(self.vm.clone(), device.queue_sizes().len(), window)?;
         let kicks = doorbells.kicks()?;
-        let transport = Transport::new(device, kicks, window, self.vm.clone(), self.memory.clone());
+        let messages = MessageTarget::Vm(self.vm.clone());
+        let transport = Transport::new(device, kicks, window, messages, self.memory.clone());
         let transport = Arc::new(Mutex::new(transport));
         self.mmio.insert(window, WINDOW_LEN, transport.clone());
         slots[index] = Some(Plugged { name: name.to_owned(), transport, doorbells });

@@ -18,8 +18,35 @@ pub(super) struct MsixTable {
     shared: Arc<Mutex<Vectors>>,
 }
 
+/// Where messages go.
+pub(super) enum MessageTarget {
+    /// To the vCPUs.
+    Vm(Arc<VmFd>),
+    /// To a test: address and data.
+    #[cfg(test)]
+    Test(std::sync::mpsc::Sender<(u64, u32)>),
+}
+
+impl MessageTarget {
+    fn send(&self, entry: &Entry) -> io::Result<()> {
+        match self {
+            Self::Vm(vm) => {
+                let (address_lo, address_hi, data) = (entry.word(0), entry.word(1), entry.word(2));
+                vm.signal_msi(kvm_msi { address_lo, address_hi, data, ..Default::default() })?;
+            }
+            #[cfg(test)]
+            Self::Test(messages) => {
+                let address = u64::from(entry.word(1)) << 32 | u64::from(entry.word(0));
+                // A test that does not listen is content.
+                let _ = messages.send((address, entry.word(2)));
+            }
+        }
+        Ok(())
+    }
+}
+
 struct Vectors {
-    vm: Arc<VmFd>,
+    target: MessageTarget,
     enabled: bool,
     function_masked: bool,
     entries: Vec<Entry>,
@@ -44,10 +71,10 @@ impl Entry {
 
 impl MsixTable {
     /// A table of `count` masked vectors.
-    pub(super) fn new(count: usize, vm: Arc<VmFd>) -> Self {
+    pub(super) fn new(count: usize, target: MessageTarget) -> Self {
         let mut masked = Entry { registers: [0; ENTRY_LEN], pending: false };
         masked.registers[12] = 1;
-        let vectors = Vectors { vm, enabled: false, function_masked: false, entries: vec![masked; count] };
+        let vectors = Vectors { target, enabled: false, function_masked: false, entries: vec![masked; count] };
         Self { shared: Arc::new(Mutex::new(vectors)) }
     }
 
@@ -115,10 +142,7 @@ impl Vectors {
             return Ok(());
         }
         entry.pending = false;
-        let message =
-            kvm_msi { address_lo: entry.word(0), address_hi: entry.word(1), data: entry.word(2), ..Default::default() };
-        self.vm.signal_msi(message)?;
-        Ok(())
+        self.target.send(entry)
     }
 
     fn deliver_pending(&mut self, index: usize) {
@@ -146,5 +170,90 @@ impl Interrupt {
             return Ok(());
         }
         lock(&self.table).signal(self.vector.into())
+    }
+}
+
+#[cfg(test)]
+impl Interrupt {
+    /// An interrupt that goes nowhere.
+    pub(crate) fn unheard() -> Self {
+        let (messages, _) = std::sync::mpsc::channel();
+        MsixTable::new(1, MessageTarget::Test(messages)).interrupt(VIRTIO_MSI_NO_VECTOR)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{self, Receiver};
+
+    use proptest::prelude::*;
+
+    use super::{MessageTarget, MsixTable};
+
+    fn table() -> (MsixTable, Receiver<(u64, u32)>) {
+        let (messages, heard) = mpsc::channel();
+        (MsixTable::new(3, MessageTarget::Test(messages)), heard)
+    }
+
+    /// Address 0xfee00000 + 4096 * vector, data 32 + vector, not masked.
+    fn fill(table: &MsixTable, vector: u8) {
+        let at = usize::from(vector) * 16;
+        table.write_table(at, &(0xfee0_0000_u32 + u32::from(vector) * 4096).to_le_bytes());
+        table.write_table(at + 4, &[0; 4]);
+        table.write_table(at + 8, &[32 + vector, 0, 0, 0]);
+        table.write_table(at + 12, &[0; 4]);
+    }
+
+    #[test]
+    fn a_vector_sends_the_guests_address_and_data() {
+        let (table, heard) = table();
+        fill(&table, 1);
+        table.interrupt(1).trigger().expect("trigger");
+        assert!(heard.try_recv().is_err(), "not before MSI-X is on");
+        table.set_control(true, false);
+        table.interrupt(1).trigger().expect("trigger");
+        assert_eq!(heard.try_recv(), Ok((0xfee0_1000, 33)));
+    }
+
+    #[test]
+    fn a_masked_vector_is_pending_and_sent_once_when_it_is_unmasked() {
+        let (table, heard) = table();
+        fill(&table, 0);
+        table.set_control(true, true);
+        let interrupt = table.interrupt(0);
+        interrupt.trigger().expect("trigger");
+        interrupt.trigger().expect("trigger");
+        let mut pending = [0; 1];
+        table.read_pending(0, &mut pending);
+        assert_eq!((pending, heard.try_recv().is_err()), ([1], true));
+        table.set_control(true, false);
+        table.read_pending(0, &mut pending);
+        assert_eq!((pending, heard.try_recv(), heard.try_recv().is_err()), ([0], Ok((0xfee0_0000, 32)), true));
+        table.write_table(12, &[1, 0, 0, 0]);
+        interrupt.trigger().expect("trigger");
+        assert!(heard.try_recv().is_err());
+        table.write_table(12, &[0; 4]);
+        assert_eq!(heard.try_recv(), Ok((0xfee0_0000, 32)));
+    }
+
+    #[test]
+    fn vectors_that_do_not_exist_are_silent() {
+        let (table, heard) = table();
+        table.set_control(true, false);
+        table.interrupt(3).trigger().expect("trigger");
+        table.interrupt(0xffff).trigger().expect("trigger");
+        assert!(heard.try_recv().is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn no_access_panics(at in any::<u16>(), data in prop::collection::vec(any::<u8>(), 0..9)) {
+            let (table, _heard) = table();
+            table.write_table(at.into(), &data);
+            table.set_control(true, false);
+            let mut read = data.clone();
+            table.read_table(at.into(), &mut read);
+            table.read_pending(at.into(), &mut read);
+        }
     }
 }

@@ -5,13 +5,12 @@
 
 use std::sync::Arc;
 
-use kvm_ioctls::VmFd;
 use virtio_queue::{Queue, QueueT as _};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::WINDOW_LEN;
 use super::config_space::ConfigSpace;
-use super::msix::{MsixTable, VIRTIO_MSI_NO_VECTOR};
+use super::msix::{MessageTarget, MsixTable, VIRTIO_MSI_NO_VECTOR};
 use crate::bus::BusDevice;
 use crate::virtio::{Activation, ActiveQueue, GuestMemory, VirtioDevice};
 
@@ -93,7 +92,7 @@ impl Transport {
         device: Box<dyn VirtioDevice>,
         kicks: Vec<EventFd>,
         window: u64,
-        vm: Arc<VmFd>,
+        messages: MessageTarget,
         memory: Arc<GuestMemory>,
     ) -> Self {
         let vectors = kicks.len() + 1;
@@ -111,7 +110,7 @@ impl Transport {
         let msix_capability = config_space.add_capability(CAPABILITY_MSIX, &msix_capability(vectors));
         config_space.set_writable(msix_capability + 2, &(MSIX_ENABLE | MSIX_FUNCTION_MASK).to_le_bytes());
         let registers = Registers::reset(&*device);
-        let msix = MsixTable::new(vectors, vm);
+        let msix = MsixTable::new(vectors, messages);
         Self { device, config_space, msix_capability, msix, memory, kicks, registers, unplugged: false }
     }
 
@@ -147,9 +146,9 @@ impl Transport {
         let queue = registers.queues.get(usize::from(registers.queue_select)).cloned().unwrap_or_default();
         match offset {
             0x00 => registers.device_feature_select.into(),
-            0x04 => select_word(self.offered_features(), registers.device_feature_select),
+            0x04 => select_word(self.offered_features(), registers.device_feature_select).into(),
             0x08 => registers.driver_feature_select.into(),
-            0x0c => select_word(registers.driver_features, registers.driver_feature_select),
+            0x0c => select_word(registers.driver_features, registers.driver_feature_select).into(),
             0x10 => registers.config_vector.into(),
             0x12 => registers.queues.len() as u64,
             0x14 => registers.status.into(),
@@ -159,41 +158,41 @@ impl Transport {
             0x1a => queue.vector.into(),
             0x1c => queue.enabled.into(),
             0x1e => registers.queue_select.into(),
-            0x20 => low(queue.descriptor_table),
-            0x24 => high(queue.descriptor_table),
-            0x28 => low(queue.avail_ring),
-            0x2c => high(queue.avail_ring),
-            0x30 => low(queue.used_ring),
-            0x34 => high(queue.used_ring),
+            0x20 => low(queue.descriptor_table).into(),
+            0x24 => high(queue.descriptor_table).into(),
+            0x28 => low(queue.avail_ring).into(),
+            0x2c => high(queue.avail_ring).into(),
+            0x30 => low(queue.used_ring).into(),
+            0x34 => high(queue.used_ring).into(),
             _ => 0,
         }
     }
 
     fn write_common(&mut self, offset: u64, value: u32) {
-        let short = value as u16;
+        let half = low_half(value);
         match offset {
             0x00 => self.registers.device_feature_select = value,
             0x08 => self.registers.driver_feature_select = value,
             0x0c => self.write_driver_features(value),
-            0x10 => self.registers.config_vector = self.vector(short),
-            0x14 => self.write_status(value as u8),
-            0x16 => self.registers.queue_select = short,
+            0x10 => self.registers.config_vector = self.vector(half),
+            0x14 => self.write_status(value.to_le_bytes()[0]),
+            0x16 => self.registers.queue_select = half,
             _ => self.write_queue(offset, value),
         }
     }
 
     fn write_queue(&mut self, offset: u64, value: u32) {
-        let vector = self.vector(value as u16);
+        let vector = self.vector(low_half(value));
         let max_size =
             self.device.queue_sizes().get(usize::from(self.registers.queue_select)).copied().unwrap_or_default();
         let negotiating = self.registers.status & DRIVER_OK == 0;
         // Frozen once enabled: a device never sees its rings move.
         let Some(queue) = self.selected().filter(|queue| negotiating && !queue.enabled) else { return };
-        let short = value as u16;
+        let half = low_half(value);
         match offset {
-            0x18 if short.is_power_of_two() && short <= max_size => queue.size = short,
+            0x18 if half.is_power_of_two() && half <= max_size => queue.size = half,
             0x1a => queue.vector = vector,
-            0x1c if short == 1 => queue.enabled = true,
+            0x1c if half == 1 => queue.enabled = true,
             0x20 => set_low(&mut queue.descriptor_table, value),
             0x24 => set_high(&mut queue.descriptor_table, value),
             0x28 => set_low(&mut queue.avail_ring, value),
@@ -265,7 +264,7 @@ impl Transport {
         let mut queue = Queue::new(max_size).map_err(|error| error.to_string())?;
         queue.set_size(registers.size);
         queue.set_event_idx(event_idx);
-        let split = |address: u64| (Some(low(address) as u32), Some(high(address) as u32));
+        let split = |address: u64| (Some(low(address)), Some(high(address)));
         let (low_half, high_half) = split(registers.descriptor_table);
         queue.set_desc_table_address(low_half, high_half);
         let (low_half, high_half) = split(registers.avail_ring);
@@ -365,7 +364,7 @@ fn msix_capability(vectors: usize) -> Vec<u8> {
     body
 }
 
-fn select_word(value: u64, select: u32) -> u64 {
+fn select_word(value: u64, select: u32) -> u32 {
     match select {
         0 => low(value),
         1 => high(value),
@@ -373,18 +372,27 @@ fn select_word(value: u64, select: u32) -> u64 {
     }
 }
 
-fn low(value: u64) -> u64 {
-    value & 0xffff_ffff
+fn low(value: u64) -> u32 {
+    let [a, b, c, d, ..] = value.to_le_bytes();
+    u32::from_le_bytes([a, b, c, d])
 }
 
-fn high(value: u64) -> u64 {
-    value >> 32
+fn high(value: u64) -> u32 {
+    low(value >> 32)
+}
+
+fn low_half(value: u32) -> u16 {
+    let [a, b, ..] = value.to_le_bytes();
+    u16::from_le_bytes([a, b])
 }
 
 fn set_low(value: &mut u64, half: u32) {
-    *value = high(*value) << 32 | u64::from(half);
+    *value = u64::from(high(*value)) << 32 | u64::from(half);
 }
 
 fn set_high(value: &mut u64, half: u32) {
-    *value = low(*value) | u64::from(half) << 32;
+    *value = u64::from(low(*value)) | u64::from(half) << 32;
 }
+
+#[cfg(test)]
+mod tests;

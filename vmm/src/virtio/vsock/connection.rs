@@ -11,7 +11,7 @@ use std::num::Wrapping;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::packet::{Header, VIRTIO_VSOCK_SHUTDOWN_F_SEND};
+use super::packet::{Header, VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE, VIRTIO_VSOCK_SHUTDOWN_F_SEND};
 
 /// What we let the guest send ahead, in bytes; also the most that is kept for a slow reader on the host.
 pub(super) const BUF_ALLOC: u32 = 256 << 10;
@@ -38,6 +38,10 @@ pub(super) struct Connection {
     /// The guest has ended its half.
     guest_ended: bool,
     host_told_of_end: bool,
+    /// The muxer will read from the socket when its turn comes.
+    pub(super) in_turn: bool,
+    /// A credit update waits to be sent.
+    pub(super) update_queued: bool,
 }
 
 /// The guest sent more than it may, or the host end is gone.
@@ -57,6 +61,8 @@ impl Connection {
             host_ended: false,
             guest_ended: false,
             host_told_of_end: false,
+            in_turn: false,
+            update_queued: false,
         };
         connection.learn_credit(request);
         connection
@@ -82,6 +88,7 @@ impl Connection {
         header.buf_alloc = BUF_ALLOC;
         header.fwd_cnt = self.forwarded.0;
         self.forwarded_told = self.forwarded;
+        self.update_queued = false;
     }
 
     /// Whether the guest should be told that there is room again.
@@ -127,8 +134,13 @@ impl Connection {
         Ok(())
     }
 
-    /// The guest sends nothing more; the host learns it behind the last byte.
+    /// The guest sends nothing more, which the host learns behind the last byte; or it receives nothing more.
     pub(super) fn end_guest(&mut self, flags: u32) {
+        if flags & VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE != 0 && !self.host_ended {
+            self.host_ended = true;
+            // Whatever the host still writes has no reader; it gets EPIPE. A host end that is closed needs no telling.
+            let _ = self.socket.shutdown(Shutdown::Read);
+        }
         self.guest_ended |= flags & VIRTIO_VSOCK_SHUTDOWN_F_SEND != 0;
         if self.to_host.is_empty() {
             self.tell_host_of_end();

@@ -13,6 +13,7 @@ use super::{ActivateError, Activation, VirtioDevice};
 use crate::event_loop::{Registry, lock};
 use muxer::Muxer;
 
+mod buffers;
 mod connection;
 mod muxer;
 mod packet;

@@ -10,13 +10,13 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, Weak};
 
 use virtio_queue::{DescriptorChain, QueueOwnedT as _, QueueT as _};
-use vm_memory::{Bytes as _, GuestAddress, GuestMemoryError};
 
+use super::buffers::{Buffers, Payload};
 use super::connection::{Broken, Connection};
 use super::packet::{
-    HEADER_LEN, Header, MAX_PAYLOAD_LEN, VIRTIO_VSOCK_OP_CREDIT_REQUEST, VIRTIO_VSOCK_OP_CREDIT_UPDATE,
-    VIRTIO_VSOCK_OP_REQUEST, VIRTIO_VSOCK_OP_RESPONSE, VIRTIO_VSOCK_OP_RST, VIRTIO_VSOCK_OP_RW,
-    VIRTIO_VSOCK_OP_SHUTDOWN, VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE, VIRTIO_VSOCK_SHUTDOWN_F_SEND, VIRTIO_VSOCK_TYPE_STREAM,
+    HEADER_LEN, Header, HeaderBytes, MAX_PAYLOAD_LEN, Ports, VIRTIO_VSOCK_OP_CREDIT_REQUEST,
+    VIRTIO_VSOCK_OP_CREDIT_UPDATE, VIRTIO_VSOCK_OP_REQUEST, VIRTIO_VSOCK_OP_RESPONSE, VIRTIO_VSOCK_OP_RST,
+    VIRTIO_VSOCK_OP_RW, VIRTIO_VSOCK_OP_SHUTDOWN, VIRTIO_VSOCK_SHUTDOWN_F_SEND, VIRTIO_VSOCK_TYPE_STREAM,
 };
 use crate::event_loop::{EventSet, EventSource, Registry, SharedSource};
 use crate::virtio::{ActivateError, Activation, ActiveQueue, GuestMemory};
@@ -28,24 +28,6 @@ const MAX_CONNECTIONS: usize = 1023;
 const MAX_PENDING: usize = 4096;
 const TOKEN_RX: u64 = 0;
 const TOKEN_TX: u64 = 1;
-
-/// Ports of one connection.
-#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
-struct Ports {
-    host: u32,
-    guest: u32,
-}
-
-impl Ports {
-    fn token(self) -> u64 {
-        // Host port 0 is never declared, so no token is one of the queues'.
-        u64::from(self.host) << 32 | u64::from(self.guest)
-    }
-
-    fn from_token(token: u64) -> Self {
-        Self { host: (token >> 32) as u32, guest: token as u32 }
-    }
-}
 
 /// The working device.
 pub(super) struct Muxer {
@@ -66,9 +48,6 @@ pub(super) struct Muxer {
     /// Set by a reset: an event that was on its way is not served any more.
     stopped: bool,
 }
-
-/// A guest buffer.
-type Buffer = (GuestAddress, u32);
 
 impl Muxer {
     pub(super) fn start(
@@ -141,16 +120,16 @@ impl Muxer {
     }
 
     fn take_packet(&mut self, chain: DescriptorChain<Arc<GuestMemory>>) {
-        let mut buffers: VecDeque<Buffer> = chain.readable().map(|buffer| (buffer.addr(), buffer.len())).collect();
-        let mut bytes = [0; HEADER_LEN];
-        if self.gather(&mut buffers, &mut bytes).is_none() {
+        let mut buffers = Buffers::readable(chain);
+        let mut bytes: HeaderBytes = [0; HEADER_LEN as usize];
+        if buffers.gather(&self.memory, &mut bytes).is_none() {
             return;
         }
         let header = Header::decode(&bytes);
         if header.src_cid != self.guest_cid || header.dst_cid != HOST_CID || header.len > MAX_PAYLOAD_LEN {
             return;
         }
-        let ports = Ports { host: header.dst_port, guest: header.src_port };
+        let ports = Ports::of_request(&header);
         if header.typ != VIRTIO_VSOCK_TYPE_STREAM {
             self.send_reset(ports);
             return;
@@ -163,29 +142,13 @@ impl Muxer {
             VIRTIO_VSOCK_OP_RW => self.receive(ports, header.len, &mut buffers),
             VIRTIO_VSOCK_OP_SHUTDOWN => self.end_guest(ports, header.flags),
             VIRTIO_VSOCK_OP_RST => self.drop_connection(ports),
-            VIRTIO_VSOCK_OP_CREDIT_REQUEST => self.send_control(ports, VIRTIO_VSOCK_OP_CREDIT_UPDATE, 0),
+            VIRTIO_VSOCK_OP_CREDIT_REQUEST if self.connections.contains_key(&ports) => self.send_credit_update(ports),
             VIRTIO_VSOCK_OP_CREDIT_UPDATE if self.connections.contains_key(&ports) => {
                 self.make_readable(ports);
                 self.watch(ports);
             }
             _ => self.send_reset(ports),
         }
-    }
-
-    /// Copies `into.len()` bytes from the front of `buffers`; nothing when they hold less.
-    fn gather(&self, buffers: &mut VecDeque<Buffer>, into: &mut [u8]) -> Option<()> {
-        let mut filled = 0;
-        while filled < into.len() {
-            let (address, len) = buffers.pop_front()?;
-            let take = (into.len() - filled).min(len as usize);
-            self.memory.read_slice(&mut into[filled..filled + take], address).ok()?;
-            filled += take;
-            let taken = u32::try_from(take).ok()?;
-            if taken < len {
-                buffers.push_front((GuestAddress(address.0.checked_add(taken.into())?), len - taken));
-            }
-        }
-        Some(())
     }
 
     fn connect(&mut self, ports: Ports, header: &Header) {
@@ -214,10 +177,10 @@ impl Muxer {
         Ok(ours)
     }
 
-    fn receive(&mut self, ports: Ports, len: u32, buffers: &mut VecDeque<Buffer>) {
+    fn receive(&mut self, ports: Ports, len: u32, buffers: &mut Buffers) {
         let mut payload = std::mem::take(&mut self.payload);
         let bytes = &mut payload[..len as usize];
-        let complete = self.gather(buffers, bytes).is_some();
+        let complete = buffers.gather(&self.memory, bytes).is_some();
         let accepted = match self.connections.get_mut(&ports) {
             Some(connection) if complete => connection.push(bytes),
             _ => Err(Broken),
@@ -237,9 +200,19 @@ impl Muxer {
             return;
         }
         if connection.credit_update_due() {
-            self.send_control(ports, VIRTIO_VSOCK_OP_CREDIT_UPDATE, 0);
+            self.send_credit_update(ports);
         }
         self.watch(ports);
+    }
+
+    /// Queues an update unless one waits already: its numbers are filled in when it is sent.
+    fn send_credit_update(&mut self, ports: Ports) {
+        if self.connections.get(&ports).is_some_and(|connection| !connection.update_queued) {
+            let queued = self.send_control(ports, VIRTIO_VSOCK_OP_CREDIT_UPDATE, 0);
+            if let Some(connection) = self.connections.get_mut(&ports) {
+                connection.update_queued = queued;
+            }
+        }
     }
 
     fn end_guest(&mut self, ports: Ports, flags: u32) {
@@ -248,31 +221,32 @@ impl Muxer {
             return;
         };
         connection.end_guest(flags);
-        if flags & VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE != 0 {
-            // Whatever the host still writes has no reader.
-            connection.host_ended = true;
-        }
         self.after_output(ports);
     }
 
-    fn send_control(&mut self, ports: Ports, op: u16, flags: u32) {
-        if self.pending.len() < MAX_PENDING {
-            let header = Header {
-                src_cid: HOST_CID,
-                dst_cid: self.guest_cid,
-                src_port: ports.host,
-                dst_port: ports.guest,
-                typ: VIRTIO_VSOCK_TYPE_STREAM,
-                op,
-                flags,
-                ..Header::default()
-            };
-            self.pending.push_back(header);
+    /// Queues a packet without payload; says whether there was room for it.
+    fn send_control(&mut self, ports: Ports, op: u16, flags: u32) -> bool {
+        let room = self.pending.len() < MAX_PENDING;
+        if room {
+            self.pending.push_back(Header { op, flags, ..self.header_to_guest(ports) });
+        }
+        room
+    }
+
+    fn header_to_guest(&self, ports: Ports) -> Header {
+        Header {
+            src_cid: HOST_CID,
+            dst_cid: self.guest_cid,
+            src_port: ports.host,
+            dst_port: ports.guest,
+            typ: VIRTIO_VSOCK_TYPE_STREAM,
+            ..Header::default()
         }
     }
 
     fn send_reset(&mut self, ports: Ports) {
-        self.send_control(ports, VIRTIO_VSOCK_OP_RST, 0);
+        // A guest that lets thousands of packets lie learns of this end by its own time-out.
+        let _ = self.send_control(ports, VIRTIO_VSOCK_OP_RST, 0);
     }
 
     fn reset_connection(&mut self, ports: Ports) {
@@ -283,15 +257,19 @@ impl Muxer {
     fn drop_connection(&mut self, ports: Ports) {
         if let Some(mut connection) = self.connections.remove(&ports) {
             self.registry.remove(connection.socket.as_raw_fd());
+            if connection.in_turn {
+                self.readable.retain(|waiting| *waiting != ports);
+            }
             if connection.flush().is_ok() && connection.has_output() {
                 connection.finish_in_background();
             }
         }
-        self.readable.retain(|waiting| *waiting != ports);
     }
 
     fn make_readable(&mut self, ports: Ports) {
-        if !self.readable.contains(&ports) {
+        if let Some(connection) = self.connections.get_mut(&ports)
+            && !std::mem::replace(&mut connection.in_turn, true)
+        {
             self.readable.push_back(ports);
         }
     }
@@ -304,7 +282,7 @@ impl Muxer {
         if connection.has_output() {
             interest |= EventSet::OUT;
         }
-        if !connection.host_ended && connection.peer_room() > 0 && !self.readable.contains(&ports) {
+        if !connection.host_ended && connection.peer_room() > 0 && !connection.in_turn {
             interest |= EventSet::IN;
         }
         if interest.is_empty() {
@@ -321,27 +299,25 @@ impl Muxer {
     /// Fills the guest's receive buffers: waiting packets first, then one packet of each readable connection in turn.
     fn fill_buffers(&mut self) -> Result<(), virtio_queue::Error> {
         let mut used_any = false;
+        // At most one ring of buffers a turn, as with packets of the guest.
         let mut turns = self.rx.queue.size();
         while !(self.pending.is_empty() && self.readable.is_empty()) {
+            if turns == 0 {
+                let _ = self.rx.kick.write(1);
+                break;
+            }
+            turns -= 1;
             let Some(chain) = self.rx.queue.pop_descriptor_chain(self.memory.clone()) else {
                 // Asks to be told of the next buffer; when one came in the meantime, there is another turn.
-                if self.rx.queue.enable_notification(&*self.memory)? && turns > 0 {
-                    turns -= 1;
+                if self.rx.queue.enable_notification(&*self.memory)? {
                     continue;
                 }
                 break;
             };
             let head = chain.head_index();
-            let buffers: VecDeque<Buffer> = chain.writable().map(|buffer| (buffer.addr(), buffer.len())).collect();
-            let written = match self.pending.pop_front() {
-                Some(mut header) => {
-                    if let Some(connection) = self.connections.get_mut(&ports_of(&header)) {
-                        connection.tell_credit(&mut header);
-                    }
-                    Some(self.write_header(&buffers, &header))
-                }
-                None => self.fill_from_sockets(&buffers),
-            };
+            let buffers = Buffers::writable(chain);
+            // A buffer that is too small is given back empty; nothing is read for it.
+            let written = if buffers.hold_a_packet() { self.fill(&buffers) } else { Some(0) };
             match written {
                 Some(len) => {
                     self.rx.queue.add_used(&*self.memory, head, len)?;
@@ -353,36 +329,27 @@ impl Muxer {
         interrupt_if(used_any, &mut self.rx, &self.memory)
     }
 
-    /// Writes a header to the front of a buffer; a buffer too small for one is returned empty.
-    fn write_header(&self, buffers: &VecDeque<Buffer>, header: &Header) -> u32 {
-        match buffers.front() {
-            Some((address, len)) if *len as usize >= HEADER_LEN => {
-                if self.memory.write_slice(&header.encode(), *address).is_ok() { HEADER_LEN as u32 } else { 0 }
-            }
-            _ => 0,
+    /// Fills one buffer; nothing when there was nothing to put into it after all.
+    fn fill(&mut self, buffers: &Buffers) -> Option<u32> {
+        let Some(mut header) = self.pending.pop_front() else { return self.fill_from_sockets(buffers) };
+        if let Some(connection) = self.connections.get_mut(&Ports::of_answer(&header)) {
+            connection.tell_credit(&mut header);
         }
+        Some(buffers.put_header(&self.memory, &header))
     }
 
     /// Reads from the next socket that has something; nothing when none has.
-    fn fill_from_sockets(&mut self, buffers: &VecDeque<Buffer>) -> Option<u32> {
+    fn fill_from_sockets(&mut self, buffers: &Buffers) -> Option<u32> {
         while let Some(ports) = self.readable.pop_front() {
             match self.read_socket(ports, buffers) {
                 Ok(Some(payload_len)) => {
+                    let header = self.header_to_guest(ports);
+                    let mut header = Header { len: payload_len, op: VIRTIO_VSOCK_OP_RW, ..header };
                     let connection = self.connections.get_mut(&ports)?;
                     connection.count_sent(payload_len);
-                    let mut header = Header {
-                        src_cid: HOST_CID,
-                        dst_cid: self.guest_cid,
-                        src_port: ports.host,
-                        dst_port: ports.guest,
-                        len: payload_len,
-                        typ: VIRTIO_VSOCK_TYPE_STREAM,
-                        op: VIRTIO_VSOCK_OP_RW,
-                        ..Header::default()
-                    };
                     connection.tell_credit(&mut header);
-                    self.readable.push_back(ports);
-                    return Some(self.write_header(buffers, &header) + payload_len);
+                    self.make_readable(ports);
+                    return Some(buffers.put_header(&self.memory, &header) + payload_len);
                 }
                 Ok(None) => self.watch(ports),
                 Err(Broken) => self.reset_connection(ports),
@@ -396,44 +363,23 @@ impl Muxer {
     }
 
     /// Reads behind the place of the header; nothing when there is no room or nothing to read.
-    fn read_socket(&mut self, ports: Ports, buffers: &VecDeque<Buffer>) -> Result<Option<u32>, Broken> {
+    fn read_socket(&mut self, ports: Ports, buffers: &Buffers) -> Result<Option<u32>, Broken> {
         let Some(connection) = self.connections.get_mut(&ports) else { return Ok(None) };
-        let header_len = HEADER_LEN as u32;
-        let mut room = connection.peer_room().min(MAX_PAYLOAD_LEN);
+        connection.in_turn = false;
+        let room = connection.peer_room().min(MAX_PAYLOAD_LEN);
         if connection.host_ended || room == 0 {
             return Ok(None);
         }
-        let mut total = 0;
-        for (index, (address, len)) in buffers.iter().enumerate() {
-            let skip = if index == 0 { header_len } else { 0 };
-            let Some(len) = len.checked_sub(skip) else { return Err(Broken) };
-            let want = len.min(room);
-            if room == 0 {
-                break;
+        match buffers.put_payload(&self.memory, &mut connection.socket, room) {
+            Ok(Payload::Bytes(count)) => Ok(Some(count)),
+            Ok(Payload::Nothing) => Ok(None),
+            Ok(Payload::End) => {
+                connection.host_ended = true;
+                self.end_host(ports);
+                Ok(None)
             }
-            if want == 0 {
-                continue;
-            }
-            let Some(address) = address.0.checked_add(skip.into()) else { return Err(Broken) };
-            match self.memory.read_volatile_from(GuestAddress(address), &mut connection.socket, want as usize) {
-                Ok(0) if total == 0 => {
-                    connection.host_ended = true;
-                    self.end_host(ports);
-                    return Ok(None);
-                }
-                Ok(count) => {
-                    let count = u32::try_from(count).unwrap_or(want);
-                    total += count;
-                    room -= count;
-                    if count < want {
-                        break;
-                    }
-                }
-                Err(GuestMemoryError::IOError(error)) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(_) => return Err(Broken),
-            }
+            Err(_) => Err(Broken),
         }
-        Ok((total > 0).then_some(total))
     }
 
     /// The host has ended its half.
@@ -489,10 +435,6 @@ impl EventSource for Muxer {
     }
 }
 
-fn ports_of(header: &Header) -> Ports {
-    Ports { host: header.src_port, guest: header.dst_port }
-}
-
 fn interrupt_if(used_any: bool, queue: &mut ActiveQueue, memory: &GuestMemory) -> Result<(), virtio_queue::Error> {
     if used_any && queue.queue.needs_notification(memory)? {
         // A vector that the guest set to nonsense loses its own interrupts.
@@ -500,3 +442,6 @@ fn interrupt_if(used_any: bool, queue: &mut ActiveQueue, memory: &GuestMemory) -
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,7 +1,10 @@
 //! The packet header (VIRTIO 1.2, 5.10.6): 44 bytes, little-endian.
 
 /// Length of a header, in bytes.
-pub(super) const HEADER_LEN: usize = 44;
+pub(super) const HEADER_LEN: u32 = 44;
+
+/// A header as it is in memory.
+pub(super) type HeaderBytes = [u8; HEADER_LEN as usize];
 /// Longest payload of one packet, in bytes (what Linux sends at most).
 pub(super) const MAX_PAYLOAD_LEN: u32 = 64 << 10;
 
@@ -32,7 +35,7 @@ pub(super) struct Header {
 }
 
 impl Header {
-    pub(super) fn decode(bytes: &[u8; HEADER_LEN]) -> Self {
+    pub(super) fn decode(bytes: &HeaderBytes) -> Self {
         let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let u32_at = |at: usize| u32::from(u16_at(at)) | u32::from(u16_at(at + 2)) << 16;
         let u64_at = |at: usize| u64::from(u32_at(at)) | u64::from(u32_at(at + 4)) << 32;
@@ -50,8 +53,8 @@ impl Header {
         }
     }
 
-    pub(super) fn encode(&self) -> [u8; HEADER_LEN] {
-        let mut bytes = [0; HEADER_LEN];
+    pub(super) fn encode(&self) -> HeaderBytes {
+        let mut bytes: HeaderBytes = [0; HEADER_LEN as usize];
         bytes[0..8].copy_from_slice(&self.src_cid.to_le_bytes());
         bytes[8..16].copy_from_slice(&self.dst_cid.to_le_bytes());
         bytes[16..20].copy_from_slice(&self.src_port.to_le_bytes());
@@ -66,16 +69,46 @@ impl Header {
     }
 }
 
+/// Ports of one connection.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub(super) struct Ports {
+    pub(super) host: u32,
+    pub(super) guest: u32,
+}
+
+impl Ports {
+    /// Of a packet that the guest has sent.
+    pub(super) fn of_request(header: &Header) -> Self {
+        Self { host: header.dst_port, guest: header.src_port }
+    }
+
+    /// Of a packet that is for the guest.
+    pub(super) fn of_answer(header: &Header) -> Self {
+        Self { host: header.src_port, guest: header.dst_port }
+    }
+
+    /// For the event loop.
+    pub(super) fn token(self) -> u64 {
+        // Host port 0 is never declared, so no token is one of the queues'.
+        u64::from(self.host) << 32 | u64::from(self.guest)
+    }
+
+    pub(super) fn from_token(token: u64) -> Self {
+        let [g0, g1, g2, g3, h0, h1, h2, h3] = token.to_le_bytes();
+        Self { host: u32::from_le_bytes([h0, h1, h2, h3]), guest: u32::from_le_bytes([g0, g1, g2, g3]) }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
-    use super::{HEADER_LEN, Header};
+    use super::{HEADER_LEN, Header, HeaderBytes};
 
     proptest! {
         #[test]
         fn every_header_survives_a_round_trip(bytes in prop::array::uniform32(any::<u8>()), rest in any::<[u8; 12]>()) {
-            let mut all = [0; HEADER_LEN];
+            let mut all: HeaderBytes = [0; HEADER_LEN as usize];
             all[..32].copy_from_slice(&bytes);
             all[32..].copy_from_slice(&rest);
             prop_assert_eq!(Header::decode(&all).encode(), all);

@@ -1,0 +1,193 @@
+//! FUSE requests as a guest's kernel sends them, or a hostile one.
+
+use std::fs::{self, File};
+use std::time::Duration;
+
+use proptest::prelude::*;
+use tempfile::TempDir;
+use virtiofsd::passthrough::{self, PassthroughFs};
+use vm_memory::{Bytes as _, GuestAddress};
+
+use super::*;
+use crate::virtio::driver::DriverQueue;
+
+const REQUEST: u64 = 0x10_0000;
+const REPLY: u64 = 0x20_0000;
+const REPLY_LEN: u32 = 64 << 10;
+const ROOT: u64 = 1;
+const FUSE_LOOKUP: u32 = 1;
+const FUSE_SYMLINK: u32 = 6;
+const FUSE_MKNOD: u32 = 8;
+const FUSE_MKDIR: u32 = 9;
+const FUSE_UNLINK: u32 = 10;
+const FUSE_RENAME: u32 = 12;
+const FUSE_LINK: u32 = 13;
+const FUSE_INIT: u32 = 26;
+const FUSE_CREATE: u32 = 35;
+
+/// A directory `dir/share` behind a worker; `dir` is what a guest must not reach.
+struct Share {
+    dir: TempDir,
+    memory: Arc<GuestMemory>,
+    driver: DriverQueue,
+    serving: Serving,
+}
+
+impl Share {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        fs::create_dir(dir.path().join("share")).expect("a folder");
+        fs::write(dir.path().join("outside"), "kept").expect("a file");
+        fs::write(dir.path().join("share/file"), "data").expect("a file");
+        let root_dir = dir.path().join("share").display().to_string();
+        let fs =
+            PassthroughFs::new(passthrough::Config { root_dir, xattr: true, ..Default::default() }).expect("a share");
+        fs.open_root_node().expect("its root");
+        let memory = crate::memory::create(64).expect("memory");
+        let driver = DriverQueue::new(&memory, 0x1_0000, 16);
+        let server = Arc::new(Server::new(CheckedFs::new(fs, Duration::from_secs(1))));
+        let stopping = Arc::new(AtomicBool::new(false));
+        let serving = Serving { queue: driver.activate(), memory: memory.clone(), server, stopping };
+        let mut share = Self { dir, memory, driver, serving };
+        let init = [&7_u32.to_le_bytes()[..], &38_u32.to_le_bytes(), &[0; 56]].concat();
+        assert_eq!(share.ask(FUSE_INIT, &init).expect("an answer").0, 0);
+        share
+    }
+
+    fn write_request(&self, header_len: u32, opcode: u32, node: u64, body: &[u8]) -> u32 {
+        let mut request = header_len.to_le_bytes().to_vec();
+        request.extend(opcode.to_le_bytes());
+        request.extend(7_u64.to_le_bytes());
+        request.extend(node.to_le_bytes());
+        request.extend([0; 16]);
+        request.extend(body);
+        self.memory.write_slice(&request, GuestAddress(REQUEST)).expect("in RAM");
+        u32::try_from(request.len()).expect("short")
+    }
+
+    /// The error (0 for none) and the rest of the reply, if there is one.
+    fn ask(&mut self, opcode: u32, body: &[u8]) -> Option<(i32, Vec<u8>)> {
+        let len = 40 + u32::try_from(body.len()).expect("short");
+        self.write_request(len, opcode, ROOT, body);
+        self.driver.put(&[(REQUEST, len, false), (REPLY, REPLY_LEN, true)]);
+        self.serve();
+        let (_, written) = self.driver.take_used().expect("given back");
+        let mut reply = vec![0; written as usize];
+        self.memory.read_slice(&mut reply, GuestAddress(REPLY)).expect("in RAM");
+        let error = reply.get(4..8)?.try_into().ok()?;
+        Some((i32::from_le_bytes(error), reply.split_off(16)))
+    }
+
+    fn serve(&mut self) {
+        // A ring that is refused is an outcome like others.
+        let _ = self.serving.serve_all();
+    }
+
+    /// The error of a request whose body ends with these names.
+    fn error_of(&mut self, opcode: u32, fixed: &[u8], names: &[&str]) -> i32 {
+        let mut body = fixed.to_vec();
+        for name in names {
+            body.extend(name.as_bytes());
+            body.push(0);
+        }
+        self.ask(opcode, &body).expect("an answer").0
+    }
+}
+
+#[test]
+fn a_name_that_leads_out_of_the_share_is_refused_by_every_request_that_has_one() {
+    let mut share = Share::new();
+    let outside = share.dir.path().join("outside").display().to_string();
+    for name in ["../outside", "..", ".", "", outside.as_str(), "file/../../outside"] {
+        let refused = [
+            share.error_of(FUSE_LOOKUP, &[], &[name]),
+            share.error_of(FUSE_SYMLINK, &[], &[name, "target"]),
+            share.error_of(FUSE_MKNOD, &[0; 16], &[name]),
+            share.error_of(FUSE_MKDIR, &[0; 8], &[name]),
+            share.error_of(FUSE_UNLINK, &[], &[name]),
+            share.error_of(FUSE_RENAME, &ROOT.to_le_bytes(), &["file", name]),
+            share.error_of(FUSE_RENAME, &ROOT.to_le_bytes(), &[name, "file"]),
+            share.error_of(FUSE_LINK, &ROOT.to_le_bytes(), &[name]),
+            share.error_of(FUSE_CREATE, &[0; 16], &[name]),
+        ];
+        assert_eq!(refused, [-libc::EINVAL; 9], "{name:?}");
+    }
+    assert_eq!(fs::read_to_string(share.dir.path().join("outside")).expect("a file"), "kept");
+    assert_eq!(fs::read_dir(share.dir.path().join("share")).expect("a folder").count(), 1);
+}
+
+#[test]
+fn a_missing_name_may_be_remembered() {
+    let mut share = Share::new();
+    let (error, entry) = share.ask(FUSE_LOOKUP, b"missing\0").expect("an answer");
+    // fuse_entry_out: node, generation, and for how many seconds the name is valid.
+    assert_eq!((error, &entry[..8], &entry[16..24]), (0, &[0; 8][..], &1_u64.to_le_bytes()[..]));
+    let (_, entry) = share.ask(FUSE_LOOKUP, b"file\0").expect("an answer");
+    assert_ne!(&entry[..8], &[0; 8]);
+}
+
+#[test]
+fn a_device_node_is_not_made() {
+    let mut share = Share::new();
+    let fixed = [&(libc::S_IFBLK | 0o666).to_le_bytes()[..], &0x800_u32.to_le_bytes(), &[0; 8]].concat();
+    assert_eq!(share.error_of(FUSE_MKNOD, &fixed, &["disk"]), -libc::EPERM);
+}
+
+#[test]
+fn a_request_without_room_for_an_answer_is_given_back() {
+    let mut share = Share::new();
+    share.write_request(48, FUSE_LOOKUP, ROOT, b"missing\0");
+    share.driver.put(&[(REQUEST, 48, false)]);
+    share.driver.put(&[(REQUEST, 48, false), (REPLY, 15, true)]);
+    share.driver.put(&[(REQUEST, 20, false), (REPLY, 4096, true)]);
+    share.serve();
+    let lens: Vec<_> = std::iter::from_fn(|| share.driver.take_used()).map(|(_, len)| len).collect();
+    assert_eq!(lens, [0, 0, 0]);
+}
+
+#[test]
+fn a_ring_that_promises_requests_and_has_none_is_left() {
+    let mut share = Share::new();
+    share.driver.claim(0x4000);
+    share.serve();
+}
+
+#[test]
+fn a_worker_that_is_dropped_ends() {
+    let Share { driver, memory, serving, .. } = Share::new();
+    let worker = Worker::spawn(1, driver.activate(), memory, serving.server).expect("a worker");
+    drop(worker);
+}
+
+#[test]
+fn a_directory_that_is_not_there_is_refused() {
+    let file = tempfile::tempfile().expect("a temporary file");
+    let long = crate::virtio::fs::Fs::open(&"t".repeat(37), file.into(), vmm_api::CachePolicy::Auto, 1);
+    assert!(matches!(long, Err(crate::virtio::fs::FsError::Tag)));
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let root = File::open(dir.path()).expect("a folder");
+    let fs = crate::virtio::fs::Fs::open("tag", root.into(), vmm_api::CachePolicy::Auto, 200).expect("a share");
+    assert_eq!(crate::virtio::VirtioDevice::queue_sizes(&fs).len(), 5);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    #[test]
+    fn no_request_panics(
+        requests in prop::collection::vec(
+            (0_u32..60, 0_u64..4, prop::collection::vec(any::<u8>(), 0..128), any::<Option<u32>>(), 0_u32..300),
+            1..8,
+        ),
+    ) {
+        let mut share = Share::new();
+        for (opcode, node, body, claimed_len, reply_len) in requests {
+            let true_len = 40 + u32::try_from(body.len()).expect("short");
+            share.write_request(claimed_len.unwrap_or(true_len), opcode, node, &body);
+            share.driver.put(&[(REQUEST, true_len, false), (REPLY, reply_len, true)]);
+            share.serve();
+            share.driver.take_used();
+        }
+        prop_assert_eq!(fs::read_to_string(share.dir.path().join("outside")).expect("a file"), "kept");
+    }
+}
