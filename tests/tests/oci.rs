@@ -258,3 +258,36 @@ async fn streams_end_with_their_process_and_input_ends_after_what_was_sent() {
 
     pod.0.stop().await;
 }
+
+#[test]
+fn files_are_copied_by_dockers_rules() {
+    let story = Story::new();
+    let mut container = story.start("one", &["sh", "-c", "trap 'exit 0' TERM; echo up; while true; do sleep 1; done"]);
+    let here = story.volume();
+    let at = |name: &str| here.join(name).display().to_string();
+    std::fs::create_dir_all(here.join("folder/deep")).unwrap();
+    std::fs::write(here.join("folder/deep/file"), "text").unwrap();
+    std::os::unix::fs::symlink("deep/file", here.join("folder/link")).unwrap();
+    let cp = |source: &str, destination: &str| outcome(story.vmrun(&["cp", source, destination]));
+    let inside = |script: &str| outcome(story.vmrun(&["exec", "one", "sh", "-c", script])).stdout;
+
+    assert_eq!(cp(&at("folder"), "one:/tmp").code, 0);
+    assert_eq!(cp(&at("folder"), "one:/tmp/renamed").code, 0);
+    assert_eq!(cp(&at("folder/deep/file"), "one:/tmp/single").code, 0);
+    let script = "cd /tmp; cat folder/link renamed/deep/file single; readlink folder/link; stat -c %u single";
+    assert_eq!(inside(script), "texttexttextdeep/file\n0\n");
+
+    assert_eq!(cp("one:/tmp/renamed", &at("back")).code, 0);
+    assert_eq!(std::fs::read_to_string(here.join("back/link")).unwrap(), "text");
+    assert_eq!(cp("one:/tmp/single", &at("back")).code, 0);
+    assert_eq!(std::fs::read_to_string(here.join("back/single")).unwrap(), "text");
+    let archive = cp("one:/tmp/folder", "-");
+    assert!(archive.code == 0 && archive.stdout.contains("folder/deep/file"), "{}", archive.stderr);
+
+    let missing = cp("one:/nothing", &at("x"));
+    assert!(missing.code == 1 && missing.stderr.contains("/nothing"), "{missing:?}");
+    let onto = cp(&at("folder"), "one:/tmp/single");
+    assert!(onto.code == 1 && onto.stderr.contains("onto the file"), "{onto:?}");
+    assert_eq!(outcome(story.vmrun(&["kill", "--signal", "TERM", "one"])).code, 0);
+    assert_eq!(container.wait(), 0);
+}
