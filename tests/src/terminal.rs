@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::AsFd as _;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
@@ -31,7 +31,7 @@ impl Terminal {
         grantpt(&master).expect("a terminal");
         unlockpt(&master).expect("a terminal");
         let name = ptsname(&master, Vec::new()).expect("a name").into_string().expect("a path");
-        let terminal = Self { master: OwnedFd::from(master).into(), name, seen: String::new() };
+        let terminal = Self { master: master.into(), name, seen: String::new() };
         terminal.resize(rows, columns);
         terminal
     }

@@ -1,18 +1,31 @@
 //! Detached containers: their supervisor, their log, and every command that asks for them by name.
 
+use std::fs;
 use std::io::Read as _;
+use std::os::fd::OwnedFd;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use tests::{Story, outcome};
 
 /// Says that it runs, then waits to be ended.
 const WAITING: [&str; 3] = ["sh", "-c", "trap 'exit 3' TERM; echo up; while true; do sleep 1; done"];
 
+fn process(pid: &serde_json::Value) -> Pid {
+    pid.as_i64().and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw).expect("a process id")
+}
+
 fn signal(pid: &serde_json::Value, signal: Signal) {
-    let pid = pid.as_i64().and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw);
-    kill_process(pid.expect("a process id"), signal).expect("the process is there");
+    kill_process(process(pid), signal).expect("the process is there");
+}
+
+/// Waits until a process has ended, which must not take long.
+fn assert_ends(process: &OwnedFd) {
+    let deadline = Timespec { tv_sec: 10, tv_nsec: 0 };
+    let ended = poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&deadline)).expect("poll");
+    assert_eq!(ended, 1, "the process still runs");
 }
 
 #[test]
@@ -97,7 +110,10 @@ fn everybody_who_waits_learns_the_exit_status() {
 fn killing_the_supervisor_ends_the_vm_and_gc_removes_the_rest() {
     let story = Story::new();
     story.detach("one", &[], &WAITING);
-    signal(&story.inspect("one")["State"]["OwnerPid"], Signal::KILL);
+    let state = story.inspect("one")["State"].take();
+    let vmm = pidfd_open(process(&state["Pid"]), PidfdFlags::empty()).expect("the VMM");
+    signal(&state["OwnerPid"], Signal::KILL);
+    assert_ends(&vmm);
     let lost = story.call(&["wait", "one"]);
     assert_eq!(lost.code, 1, "{lost:?}");
     assert_eq!(story.call(&["ps", "--quiet"]).success(), "");
@@ -132,8 +148,12 @@ fn a_vm_that_is_stuck_can_be_killed() {
 fn an_owner_that_is_stuck_is_killed_with_its_vm() {
     let story = Story::new();
     story.detach("one", &[], &WAITING);
-    signal(&story.inspect("one")["State"]["OwnerPid"], Signal::STOP);
+    let state = story.inspect("one")["State"].take();
+    let vmm = pidfd_open(process(&state["Pid"]), PidfdFlags::empty()).expect("the VMM");
+    signal(&state["Pid"], Signal::STOP);
+    signal(&state["OwnerPid"], Signal::STOP);
     assert_eq!(story.call(&["rm", "--force", "one"]).success(), "one\n");
+    assert_ends(&vmm);
 }
 
 #[test]
@@ -187,9 +207,14 @@ fn an_exec_inherits_what_it_does_not_say() {
     let said = ["exec", "--user", "root", "--env", "COLOUR=red", "--workdir", "/", "one", "sh", "-c"];
     let changed = story.call(&[&said[..], &["id -u; id -g; echo $COLOUR; pwd; echo $HOME"]].concat());
     assert_eq!(changed.success(), "0\n0\nred\n/\n/root\n");
+    let input = story.volume().join("input");
+    fs::write(&input, "line\n".repeat(10_000)).expect("input");
+    let mut count = story.vmrun(&["exec", "--interactive", "one", "wc", "-l"]);
+    count.stdin(fs::File::open(input).expect("input"));
+    assert_eq!(outcome(count).success(), "10000\n");
     let unknown = story.call(&["exec", "--user", "nobody", "one", "true"]);
     assert_eq!(unknown.code, 125, "{unknown:?}");
-    assert_eq!(story.call(&["exec", "--detach", "one", "sh", "-c", "echo done > /tmp/file"]).code, 0);
+    assert_eq!(story.call(&["exec", "--detach", "--user", "root", "one", "sh", "-c", "echo done > /tmp/file"]).code, 0);
     let missing = story.call(&["exec", "one", "missing"]);
     assert_eq!(missing.code, 127, "{missing:?}");
     assert_eq!(story.call(&["exec", "one", "sh", "-c", "until cat /tmp/file; do sleep 1; done"]).stdout, "done\n");

@@ -46,6 +46,10 @@ fn main() -> ExitCode {
 
 fn run(config_fd: i32) -> Result<u8> {
     raise_descriptor_limit().context("cannot raise the limit of open files")?;
+    // The kernel ends us with the thread that spawned us, even when we are stopped or stuck. A closed control socket, by which
+    // we notice in any other case, needs our event loop.
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
+        .context("cannot ask to die with the owner")?;
     let mut fds = InheritedFds::default();
     let config = File::from(fds.take(Fd(config_fd)).context("--config-fd is not an open descriptor")?);
     let config: VmConfig = serde_json::from_reader(config).context("cannot read the configuration")?;

@@ -18,6 +18,8 @@ use anyhow::{Context as _, Result, bail};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use serde::{Deserialize, Serialize};
 
+use crate::complain;
+
 /// What the supervisor says, once.
 #[derive(Debug, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -47,12 +49,13 @@ pub(crate) fn launch() -> Result<u8> {
     }
     match serde_json::from_str(&line).context("bad report of the supervisor")? {
         Report::Started { name, timing } => {
-            eprint!("{}", timing.unwrap_or_default());
-            println!("{name}");
+            // The container runs, whether somebody reads this or not.
+            let _ = io::stderr().write_all(timing.unwrap_or_default().as_bytes());
+            let _ = writeln!(io::stdout(), "{name}");
             Ok(0)
         }
         Report::Failed { exit_code, cause } => {
-            eprintln!("vmrun: {cause}");
+            complain(&cause);
             Ok(exit_code)
         }
     }

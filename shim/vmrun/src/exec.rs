@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, bail};
 use crate::cli::ExecArgs;
 use crate::client::Client;
 use crate::control::{Answer, ExecRequest, Request};
-use crate::{spec, stdio};
+use crate::{complain, spec, stdio};
 
 pub(crate) fn exec(root: &Path, args: ExecArgs) -> Result<u8> {
     stdio::check_terminal(args.interactive && !args.detach, args.tty)?;
@@ -32,7 +32,7 @@ pub(crate) fn exec(root: &Path, args: ExecArgs) -> Result<u8> {
         Answer::Started if detach => return Ok(0),
         Answer::Started => {}
         Answer::Failed(cause) => {
-            eprintln!("vmrun: {cause}");
+            complain(&cause);
             return Ok(spec::start_failure_code(&cause));
         }
         other => bail!("unexpected answer of the container's owner: {other:?}"),

@@ -52,6 +52,8 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::new(&cli.log_level))
         .with_writer(io::stderr)
+        // Its own complaint about a closed standard error is a panic.
+        .log_internal_errors(false)
         .init();
     let supervise = cli.supervise;
     let failed =
@@ -65,8 +67,7 @@ fn main() -> ExitCode {
             failed.into()
         }
         Err(error) => {
-            // Whoever reads this may be gone.
-            let _ = writeln!(io::stderr(), "vmrun: {error:#}");
+            complain(&format!("{error:#}"));
             failed.into()
         }
     }
@@ -126,11 +127,16 @@ fn for_each(names: &[String], mut act: impl FnMut(&str) -> anyhow::Result<()>) -
             if is_broken_pipe(&error) {
                 return Err(error);
             }
-            writeln!(io::stderr(), "vmrun: {error:#}")?;
+            complain(&format!("{error:#}"));
             code = EXIT_FAILED;
         }
     }
     Ok(code)
+}
+
+/// Says what went wrong. `eprintln!` would panic when nobody reads any more, and leave a container without its owner.
+fn complain(text: &str) {
+    let _ = writeln!(io::stderr(), "vmrun: {text}");
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {

@@ -1,7 +1,7 @@
 //! `vmrun run`: one container in one microVM, owned by this process from beginning to end, in the foreground or as the
 //! supervisor of a detached container.
 
-use std::io;
+use std::io::{self, Write as _};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -22,7 +22,7 @@ use crate::image::{Image, PullPolicy};
 use crate::log::{Log, LogStream, Stream};
 use crate::record::{Folders, Record, now_ms};
 use crate::signals::{self, Signals};
-use crate::{EXIT_VMRUN_FAILED, control, detach, image, random_hex, spec, stdio, user};
+use crate::{EXIT_VMRUN_FAILED, complain, control, detach, image, random_hex, spec, stdio, user};
 
 /// Time that a guest has to boot. Generous: an emulated host takes seconds.
 const BOOT_DEADLINE: Duration = Duration::from_secs(60);
@@ -124,7 +124,7 @@ impl Run {
             Err(NotStarted { exit_code, error }) => {
                 record.remove()?;
                 match self.place {
-                    Place::Foreground => eprintln!("vmrun: {error:#}"),
+                    Place::Foreground => complain(&format!("{error:#}")),
                     Place::Supervisor => detach::report_failed(exit_code, &error),
                 }
                 Ok(exit_code)
@@ -253,7 +253,7 @@ impl Run {
         drop(copying);
         let status = Status::Exited { exit_code: ending.exit_code, oom_killed: ending.oom_killed };
         if let Some(error) = &ending.error {
-            eprintln!("vmrun: {error}");
+            complain(error);
         }
         if self.args.rm {
             container.record.remove()?
@@ -264,7 +264,8 @@ impl Run {
         // Somebody may have asked and not read the answer.
         let _ = tokio::time::timeout(ANSWER_DEADLINE, container.all_answered()).await;
         if self.args.timing && self.place == Place::Foreground {
-            eprint!("{timing}");
+            // Nobody may read it any more.
+            let _ = io::stderr().write_all(timing.as_bytes());
         }
         Ok(ending.exit_code)
     }
