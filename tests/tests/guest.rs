@@ -1,5 +1,4 @@
 //! What the host sets in the guest beside containers: its network, its clock, its CPUs, shares that come and go.
-#![expect(clippy::unwrap_used, reason = "a story fails where its expectation fails")]
 
 use sandbox::CachePolicy;
 use sandbox::message::{Interface, Neighbour, Route, SetNetworkRequest};
