@@ -1,5 +1,4 @@
 //! What an OCI spec asks for holds in the container; what it asks for in vain is refused by name.
-#![expect(clippy::unwrap_used, reason = "a story fails where its expectation fails")]
 
 use sandbox::{ProcessId, WantedStreams};
 use serde_json::json;
