@@ -28,6 +28,11 @@ impl Cgroup {
         Self(Path::new(CGROUP_ROOT).join(Self::oci_path(container_id).trim_start_matches('/')))
     }
 
+    /// The one that all containers are below.
+    pub(crate) fn of_all() -> Self {
+        Self(Path::new(CGROUP_ROOT).join("containers"))
+    }
+
     /// Its `linux.cgroupsPath`, whatever the request says: that one names a cgroup of the host.
     pub(crate) fn oci_path(container_id: &str) -> String {
         format!("/containers/{container_id}")

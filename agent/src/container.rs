@@ -95,6 +95,10 @@ impl Containers {
         Self { reaper, events, table: Arc::default() }
     }
 
+    pub(crate) fn reaper(&self) -> &Reaper {
+        &self.reaper
+    }
+
     fn table(&self) -> MutexGuard<'_, HashMap<String, Container>> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -124,7 +128,7 @@ impl Containers {
     }
 
     /// Refuses an action in any but the given states.
-    fn require(
+    pub(crate) fn require(
         &self,
         container_id: &str,
         action: &'static str,

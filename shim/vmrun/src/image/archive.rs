@@ -81,6 +81,7 @@ fn unnamed_file(folder: &Path) -> Result<File> {
 
 fn expand(file: &mut File, temporary: &Path) -> Result<Option<File>> {
     let mut magic = [0; 4];
+    file.seek(SeekFrom::Start(0))?;
     let count = file.read(&mut magic)?;
     file.seek(SeekFrom::Start(0))?;
     let mut expanded = match &magic[..count] {
