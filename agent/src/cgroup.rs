@@ -28,6 +28,11 @@ impl Cgroup {
         Self(Path::new(CGROUP_ROOT).join(Self::oci_path(container_id).trim_start_matches('/')))
     }
 
+    /// The one that all containers are below.
+    pub(crate) fn of_all() -> Self {
+        Self(Path::new(CGROUP_ROOT).join("containers"))
+    }
+
     /// Its `linux.cgroupsPath`, whatever the request says: that one names a cgroup of the host.
     pub(crate) fn oci_path(container_id: &str) -> String {
         format!("/containers/{container_id}")
@@ -40,9 +45,12 @@ impl Cgroup {
         self.until("frozen", u64::from(frozen)).await
     }
 
-    /// Kills every process at once.
+    /// Kills every process at once; a cgroup that is gone has none.
     pub(crate) fn kill(&self) -> io::Result<()> {
-        fs::write(self.0.join("cgroup.kill"), "1")
+        match fs::write(self.0.join("cgroup.kill"), "1") {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            done => done,
+        }
     }
 
     /// Kills every process, waits until none is left and removes the cgroup, with those that the container made in it.

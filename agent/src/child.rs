@@ -2,6 +2,7 @@
 //! safe. The parent hands over descriptors from [`FIRST_FD`] on; the result goes to standard output, the cause of a failure
 //! to standard error.
 
+mod copy;
 mod error_log;
 mod executor;
 
@@ -35,6 +36,9 @@ pub(crate) fn run(arguments: &[String]) -> ExitCode {
             ["create", id, console] => create(id, console),
             ["exec", id, exec_id, console] => exec(id, exec_id, console),
             ["update", cgroup, resources] => update(cgroup, resources),
+            ["stat-path", pid, path] => copy::stat_path(pid, path),
+            ["copy-out", pid, path, name] => copy::copy_out(pid, path, name),
+            ["copy-in", pid, path] => copy::copy_in(pid, path),
             _ => Err(anyhow::anyhow!("unknown step")),
         }
     });

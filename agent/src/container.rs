@@ -95,6 +95,10 @@ impl Containers {
         Self { reaper, events, table: Arc::default() }
     }
 
+    pub(crate) fn reaper(&self) -> &Reaper {
+        &self.reaper
+    }
+
     fn table(&self) -> MutexGuard<'_, HashMap<String, Container>> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -124,7 +128,7 @@ impl Containers {
     }
 
     /// Refuses an action in any but the given states.
-    fn require(
+    pub(crate) fn require(
         &self,
         container_id: &str,
         action: &'static str,
@@ -140,11 +144,10 @@ impl Containers {
     }
 
     /// Watches a process that was made; its exit becomes an event before anybody who waits is told.
-    fn adopt(&self, container_id: &str, exec_id: &str, made: Made) -> Process {
+    fn adopt(&self, container_id: &str, exec_id: &str, made: Made, oom_kills_before: u64) -> Process {
         let (sender, reply) = watch::channel(None);
         let (this, id, exec) = (self.clone(), container_id.to_owned(), exec_id.to_owned());
         let mut exit = made.exit.clone();
-        let oom_kills_before = Cgroup::of(container_id).oom_kill_count();
         tokio::spawn(async move {
             let exit = reaper::wait_exit(&mut exit).await;
             let cgroup = Cgroup::of(&id);

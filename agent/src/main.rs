@@ -7,6 +7,7 @@ mod bundle;
 mod cgroup;
 mod child;
 mod container;
+mod copy;
 mod devices;
 mod events;
 mod hotplug;

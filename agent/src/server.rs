@@ -1,9 +1,10 @@
 //! The protocol: each method calls one function; errors become gRPC status codes here and nowhere else.
 
 use agent_api::message::{
-    CloseStdinRequest, ConfigureRequest, ContainerRequest, CreateContainerRequest, DeleteRequest, Empty, EventsReply,
-    ExecRequest, ListProcessesReply, OnlineResourcesReply, ProcessReply, ProcessRequest, ResizeRequest,
-    SetClockRequest, SetNetworkRequest, ShareRequest, SignalRequest, StateReply, StatsReply, UpdateRequest, WaitReply,
+    CloseStdinRequest, ConfigureRequest, ContainerRequest, CopyRequest, CreateContainerRequest, DeleteRequest, Empty,
+    EventsReply, ExecRequest, ListProcessesReply, OnlineResourcesReply, PathRequest, PathStat, ProcessReply,
+    ProcessRequest, ResizeRequest, SetClockRequest, SetNetworkRequest, ShareRequest, SignalRequest, StateReply,
+    StatsReply, UpdateRequest, WaitReply,
 };
 use agent_api::service::{self, Agent};
 use agent_api::{CONTROL_PORT, HOST_CID};
@@ -15,6 +16,7 @@ use ttrpc::asynchronous::TtrpcContext;
 use ttrpc::asynchronous::transport::Listener;
 use ttrpc::{Code, get_status};
 
+use crate::cgroup::Cgroup;
 use crate::container::{ContainerError, Containers};
 use crate::events::Events;
 use crate::network::NetworkError;
@@ -169,6 +171,18 @@ impl Agent for Service {
         done(to_the_end(delete).await)
     }
 
+    async fn stat_path(&self, _: &TtrpcContext, request: PathRequest) -> ttrpc::Result<PathStat> {
+        self.containers.stat_path(&request).await.map_err(|e| status(&e))
+    }
+
+    async fn copy_out(&self, _: &TtrpcContext, request: CopyRequest) -> ttrpc::Result<Empty> {
+        done(self.containers.copy_out(&request).await)
+    }
+
+    async fn copy_in(&self, _: &TtrpcContext, request: CopyRequest) -> ttrpc::Result<Empty> {
+        done(self.containers.copy_in(&request).await)
+    }
+
     async fn stats(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<StatsReply> {
         self.containers.stats(&request.container_id).map_err(|e| status(&e))
     }
@@ -222,6 +236,8 @@ impl Agent for Service {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
+        // None may write while the file systems are flushed; there may be none.
+        let _ = Cgroup::of_all().kill();
         sys::reset_machine().map_err(|e| internal("reset the VM", &e))?;
         Ok(Empty::new())
     }

@@ -4,8 +4,14 @@
 use std::fs::OpenOptions;
 use std::io::{self, Write as _};
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
 use rustix::ioctl::{Setter, ioctl, opcode};
+
+/// Time that the file systems have to write back before a reset.
+const SYNC_DEADLINE: Duration = Duration::from_millis(1000);
 
 /// Largest part of the host's entropy that is used.
 const MAX_ENTROPY_LEN: usize = 64;
@@ -43,9 +49,16 @@ pub(crate) fn log_to_kernel(line: &str) {
     }
 }
 
-/// Flushes every file system and resets the VM.
+/// Flushes every file system, for as long as the deadline allows, and resets the VM.
 pub(crate) fn reset_machine() -> io::Result<()> {
-    rustix::fs::sync();
+    let (synced, on_synced) = mpsc::channel();
+    thread::Builder::new().name("sync".to_owned()).spawn(move || {
+        rustix::fs::sync();
+        // Late: the reset does not wait.
+        let _ = synced.send(());
+    })?;
+    // A share whose host does not answer must not keep the VM alive.
+    let _ = on_synced.recv_timeout(SYNC_DEADLINE);
     Ok(rustix::system::reboot(rustix::system::RebootCommand::Restart)?)
 }
 

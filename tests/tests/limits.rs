@@ -1,5 +1,4 @@
 //! Limits hold, are reported, and can be changed while the container runs.
-#![expect(clippy::unwrap_used, reason = "a story fails where its expectation fails")]
 
 use sandbox::ProcessId;
 use sandbox::message::event::What;

@@ -17,6 +17,9 @@ const MAX_LOG: u64 = 2048;
 /// Begins the last line of a process that fails, which repeats what it sends to its parent.
 const REPETITION: &str = "failed to initialize container process";
 
+/// What `libcontainer` puts before the text of its innermost process.
+const WRAPPING: &str = "exec process failed with error error in executing process : ";
+
 /// Errors logged by this process and by those that it clones, which share the file.
 pub(super) struct ErrorLog(Option<OwnedFd>);
 
@@ -31,7 +34,7 @@ impl ErrorLog {
         Self(file)
     }
 
-    /// `text`, with the first logged error that adds something to it.
+    /// `text`, with what the log knows beyond it.
     pub(super) fn explain(self, text: &str) -> String {
         let logged = self.0.map(File::from).and_then(|mut file| {
             let mut logged = String::new();
@@ -39,12 +42,19 @@ impl ErrorLog {
             file.take(MAX_LOG).read_to_string(&mut logged).ok()?;
             Some(logged)
         });
-        let mut lines = logged.as_deref().unwrap_or_default().lines();
-        match lines.find(|line| !line.starts_with(REPETITION)) {
-            Some(cause) if !text.contains(cause) => format!("{text}: {cause}"),
-            _ => text.to_owned(),
-        }
+        explain(text, logged.as_deref().unwrap_or_default())
     }
+}
+
+/// The first line says what failed; the first field of any line says with which error of the kernel.
+fn explain(text: &str, logged: &str) -> String {
+    let text = text.replace(WRAPPING, "");
+    let mut lines = logged.lines().filter(|line| !line.starts_with(REPETITION));
+    let first = lines.clone().next().unwrap_or_default();
+    let field = lines.find_map(|line| line.find(" [").map(|at| &line[at..])).unwrap_or_default();
+    let message = first.split(" [").next().unwrap_or_default();
+    let message = if text.contains(message) { String::new() } else { format!(": {message}") };
+    format!("{text}{message}{field}")
 }
 
 struct Collector(OwnedFd);
@@ -91,5 +101,22 @@ impl Visit for Line {
             "message" => write!(self.message, "{value:?}"),
             name => write!(self.fields, " [{name}: {value:?}]"),
         };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::explain;
+
+    #[test]
+    fn cause_is_what_failed_and_the_error_of_the_kernel() {
+        let text = "failed to create container: exec process failed with error error in executing process : failed to prepare rootfs";
+        let logged = "failed to mount /m: syscall\nfailed to prepare rootfs [err: Nix(ENODEV)]\nfailed to initialize container process: x\n";
+        assert_eq!(
+            explain(text, logged),
+            "failed to create container: failed to prepare rootfs: failed to mount /m: syscall [err: Nix(ENODEV)]"
+        );
+        assert_eq!(explain("cause", "failed to initialize container process: x [y: z]"), "cause");
+        assert_eq!(explain("cause", ""), "cause");
     }
 }

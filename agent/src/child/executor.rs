@@ -112,7 +112,7 @@ impl Executor for Payload {
         let mut pipe = self.start_pipe();
         if let Some(pipe) = &mut pipe {
             // Nobody reads any more: the agent gave up, and kills this process.
-            let _ = pipe.write_all(&[b'+']);
+            let _ = pipe.write_all(b"+");
         }
         let cause = self.execute(&process);
         if let Some(pipe) = &mut pipe {

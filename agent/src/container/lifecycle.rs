@@ -1,6 +1,9 @@
 //! Making containers and processes, and starting them.
 
-use agent_api::message::{CreateContainerRequest, ExecRequest, Stdio};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use agent_api::message::{CreateContainerRequest, ExecRequest, Status, Stdio};
 use libcontainer::container::Container as Libcontainer;
 use oci_spec::runtime::Spec;
 
@@ -9,7 +12,6 @@ use crate::bundle::{Bundle, STATE_DIR};
 use crate::cgroup::Cgroup;
 use crate::process::{Made, Making, wait_executed};
 use crate::{id, refuse};
-use agent_api::message::Status;
 
 impl Containers {
     /// Makes a container whose init waits for [`Self::start`].
@@ -59,7 +61,7 @@ impl Containers {
         restricted.map_err(ContainerError::io("restrict the devices"))?;
         let oom_watch = self.watch_ooms(container_id).map_err(ContainerError::io("watch for OOM kills"))?;
         let (pid, start) = (made.pid, made.start.take());
-        let init = self.adopt(container_id, "", made);
+        let init = self.adopt(container_id, "", made, 0);
         self.with_container(container_id, |container| {
             container.phase = Phase::Created;
             (container.terminal, container.start, container.oom_watch) = (terminal, start, Some(oom_watch));
@@ -75,14 +77,12 @@ impl Containers {
             container.phase = Phase::Running;
             Ok(container.start.take())
         })?;
-        let state = std::path::Path::new(STATE_DIR).join(container_id);
-        // No child for this: it connects to the init's socket and writes a file.
-        let started = Libcontainer::load(state).and_then(|mut container| container.start());
-        started.map_err(|error| ContainerError::Child(format!("cannot start: {error}")))?;
-        match start {
-            Some(start) => wait_executed(start).await,
-            None => Ok(()),
+        let started = run_init(container_id, start).await;
+        if started.is_err() {
+            // An init that was told to run and did not is of no use; there may be none any more.
+            let _ = Cgroup::of(container_id).kill();
         }
+        started
     }
 
     /// Starts another process in a running container.
@@ -95,13 +95,14 @@ impl Containers {
         let terminal = process.terminal().unwrap_or(false);
         let stdio = request.stdio.unwrap_or_default();
         let making = Making { container_id: &container_id, exec_id: &exec_id, terminal, stdio: &stdio };
+        let oom_kills_before = Cgroup::of(&container_id).oom_kill_count();
         let bundle = Bundle::of(&container_id);
         let made = match bundle.write_exec(&exec_id, &process) {
             Ok(()) => making.make(&self.reaper).await,
             Err(error) => Err(ContainerError::io("write the process")(error)),
         };
         bundle.remove_exec(&exec_id);
-        self.end_exec(&container_id, &exec_id, made)
+        self.end_exec(&container_id, &exec_id, made, oom_kills_before)
     }
 
     fn begin_exec(&self, container_id: &str, exec_id: &str) -> Result<(), ContainerError> {
@@ -122,11 +123,12 @@ impl Containers {
         container_id: &str,
         exec_id: &str,
         made: Result<Made, ContainerError>,
+        oom_kills_before: u64,
     ) -> Result<i32, ContainerError> {
         match made {
             Ok(made) => {
                 let pid = made.pid;
-                let process = self.adopt(container_id, exec_id, made);
+                let process = self.adopt(container_id, exec_id, made, oom_kills_before);
                 self.with_container(container_id, |container| {
                     container.processes.insert(exec_id.to_owned(), Some(process));
                     Ok(pid)
@@ -141,6 +143,17 @@ impl Containers {
                 self.require(container_id, "exec in", &[Status::STATUS_RUNNING]).and(Err(error))
             }
         }
+    }
+}
+
+async fn run_init(container_id: &str, start: Option<OwnedFd>) -> Result<(), ContainerError> {
+    let state = Path::new(STATE_DIR).join(container_id);
+    // No child for this: it connects to the init's socket and writes a file.
+    let started = Libcontainer::load(state).and_then(|mut container| container.start());
+    started.map_err(|error| ContainerError::Child(format!("cannot start: {error}")))?;
+    match start {
+        Some(start) => wait_executed(start).await,
+        None => Ok(()),
     }
 }
 

@@ -18,6 +18,7 @@ const SHUTDOWN_DEADLINE: Duration = Duration::from_millis(300);
 const MAX_TEXT: usize = 4096;
 
 /// The connection to the agent.
+#[derive(Clone)]
 pub(crate) struct AgentClient(Stub);
 
 impl AgentClient {
@@ -114,6 +115,23 @@ impl AgentClient {
     pub(crate) async fn online_resources(&self) -> Result<message::OnlineResourcesReply, CallError> {
         let request = message::Empty::new();
         bounded("OnlineResources", self.0.online_resources(context::with_duration(CALL_DEADLINE), &request)).await
+    }
+
+    pub(crate) async fn stat_path(&self, container_id: &str, path: &str) -> Result<message::PathKind, CallError> {
+        let request =
+            message::PathRequest { container_id: container_id.to_owned(), path: path.to_owned(), ..Default::default() };
+        let call = self.0.stat_path(context::with_duration(CALL_DEADLINE), &request);
+        Ok(bounded("StatPath", call).await?.kind.enum_value_or_default())
+    }
+
+    /// Copies for as long as it takes.
+    pub(crate) async fn copy(&self, into_container: bool, request: &message::CopyRequest) -> Result<(), CallError> {
+        let context = context::with_timeout(0);
+        if into_container {
+            self.0.copy_in(context, request).await.map(drop).map_err(|error| translate("CopyIn", error))
+        } else {
+            self.0.copy_out(context, request).await.map(drop).map_err(|error| translate("CopyOut", error))
+        }
     }
 
     pub(crate) async fn update(&self, request: &message::UpdateRequest) -> Result<(), CallError> {

@@ -10,6 +10,7 @@
 mod agent_client;
 pub mod artifacts;
 mod boot;
+mod copy;
 pub mod error;
 pub mod plan;
 pub mod probe;
@@ -23,6 +24,7 @@ mod vmm_process;
 pub use agent_api::message;
 use agent_client::AgentClient;
 pub use boot::{BootRequest, BootTimes};
+pub use copy::Copying;
 pub use error::{BootError, CallError, ControlError};
 pub use streams::ProcessStreams;
 use streams::StreamTable;

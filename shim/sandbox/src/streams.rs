@@ -75,6 +75,11 @@ impl StreamTable {
         Expected { stdio, stdin, stdout, stderr }
     }
 
+    /// Chooses an id for one stream that no process has.
+    pub(crate) fn expect_one(&self) -> Pending {
+        self.pending()
+    }
+
     fn pending(&self) -> Pending {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let (sender, receiver) = oneshot::channel();
@@ -95,10 +100,21 @@ impl Expected {
 }
 
 /// An expected stream; forgotten when dropped.
-struct Pending {
+pub(crate) struct Pending {
     id: u64,
     receiver: oneshot::Receiver<UnixStream>,
     waiting: Waiting,
+}
+
+impl Pending {
+    pub(crate) fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Waits until the agent has connected it, or the table is gone.
+    pub(crate) async fn connected(&mut self) -> Option<UnixStream> {
+        (&mut self.receiver).await.ok()
+    }
 }
 
 impl Drop for Pending {

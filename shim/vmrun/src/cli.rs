@@ -98,6 +98,18 @@ pub(crate) enum Command {
         #[command(flatten)]
         containers: NamesArgs,
     },
+    /// Copy files between a running container and here.
+    Cp {
+        /// Keep the owners of the files.
+        #[arg(short, long)]
+        archive: bool,
+        /// CONTAINER:PATH, a path, or `-` for a tar archive on standard input.
+        #[arg(value_name = "SRC")]
+        source: String,
+        /// CONTAINER:PATH, a path, or `-` for a tar archive on standard output.
+        #[arg(value_name = "DST")]
+        destination: String,
+    },
     /// Wait for containers to exit, and print their exit statuses.
     Wait(NamesArgs),
     /// Freeze every process of containers.

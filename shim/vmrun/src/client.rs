@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
-use sandbox::state::{self, State, Status};
+use sandbox::state::{self, State};
 
 use crate::control::{Answer, Request};
 
@@ -44,13 +44,13 @@ impl Client {
         match UnixStream::connect(root.join(name).join("control.sock")) {
             Ok(socket) => Ok(Self::new(socket)),
             // The first look may have been just before its end.
-            Err(_) => match state::read(root, name)? {
-                state if state.status.is_exited() => Err(ConnectError::NotRunning(Box::new(state))),
-                state if state.status == Status::Creating && state::is_owned(root, name) => {
-                    Err(ConnectError::NotRunning(Box::new(state)))
+            Err(_) => {
+                let state = state::read(root, name)?;
+                if !state.status.is_exited() && !state::is_owned(root, name) {
+                    return Err(ConnectError::Orphaned { name: name.to_owned() });
                 }
-                _ => Err(ConnectError::Orphaned { name: name.to_owned() }),
-            },
+                Err(ConnectError::NotRunning(Box::new(state)))
+            }
         }
     }
 

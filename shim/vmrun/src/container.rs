@@ -174,6 +174,11 @@ impl Container {
         self.record.update(|state| state.status = Status::Running)
     }
 
+    /// Its name, which is its id in the guest too.
+    pub(crate) fn name(&self) -> &str {
+        &self.init.container_id
+    }
+
     /// What the container uses.
     pub(crate) async fn stats(&self) -> Result<message::StatsReply, CallError> {
         self.sandbox.stats(&self.init.container_id).await

@@ -12,7 +12,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use sandbox::{ProcessId, ProcessStreams, fds, message};
+use sandbox::{CallError, Copying, ProcessId, ProcessStreams, fds, message};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt as _, Interest, Lines};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
@@ -41,6 +41,12 @@ pub(crate) enum Request {
     Unpause,
     /// What the container uses.
     Stats,
+    /// What is at a path of the container.
+    StatPath(String),
+    /// Read a path as an archive in which it is called `name`; the stream comes with the answer, the outcome follows.
+    CopyOut { path: String, name: String },
+    /// Unpack an archive into a folder, likewise.
+    CopyIn { path: String },
 }
 
 /// A process that is to run in the container.
@@ -74,8 +80,29 @@ pub(crate) enum Answer {
     Done,
     /// What the container uses.
     Stats(Usage),
+    /// What is at the path.
+    Path(PathKind),
     /// Refused or failed, with the cause.
     Failed(String),
+}
+
+/// What is at a path; symbolic links are followed.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum PathKind {
+    Nothing,
+    Folder,
+    File,
+}
+
+impl From<message::PathKind> for PathKind {
+    fn from(kind: message::PathKind) -> Self {
+        match kind {
+            message::PathKind::PATH_KIND_NONE => Self::Nothing,
+            message::PathKind::PATH_KIND_FOLDER => Self::Folder,
+            message::PathKind::PATH_KIND_FILE => Self::File,
+        }
+    }
 }
 
 /// What a container uses, in the units of cgroup v2.
@@ -156,6 +183,16 @@ async fn converse(stream: UnixStream, container: &Rc<Container>, exec_id: &str) 
             Ok(stats) => return answer(&socket, &Answer::Stats(stats.into()), &[]).await,
             Err(error) => Err(error.into()),
         },
+        Request::StatPath(path) => match container.sandbox.stat_path(container.name(), &path).await {
+            Ok(kind) => return answer(&socket, &Answer::Path(kind.into()), &[]).await,
+            Err(error) => Err(error.into()),
+        },
+        Request::CopyOut { path, name } => {
+            return copy(&socket, container.sandbox.copy_out(container.name(), &path, &name).await).await;
+        }
+        Request::CopyIn { path } => {
+            return copy(&socket, container.sandbox.copy_in(container.name(), &path).await).await;
+        }
         Request::Resize(..) => Ok(()),
     };
     if is_end && outcome.is_ok() {
@@ -185,6 +222,18 @@ async fn exec(
     // Nothing is left to forget when the VM is gone.
     let _ = container.sandbox.delete(&id, true).await;
     answer(socket, &outcome, &[]).await
+}
+
+/// Hands over the stream of a copy, then tells its outcome.
+async fn copy(socket: &OwnedWriteHalf, begun: Result<Copying, CallError>) -> Result<()> {
+    let outcome = match begun {
+        Ok(copying) => {
+            answer(socket, &Answer::Started, &[copying.stream.as_fd()]).await?;
+            copying.done().await
+        }
+        Err(error) => Err(error),
+    };
+    answer(socket, &outcome.map_or_else(|error| Answer::Failed(error.to_string()), |()| Answer::Done), &[]).await
 }
 
 fn descriptors(streams: ProcessStreams) -> io::Result<Vec<OwnedFd>> {

@@ -7,6 +7,7 @@ mod cli;
 mod client;
 mod container;
 mod control;
+mod cp;
 mod detach;
 mod exec;
 mod exec_process;
@@ -63,7 +64,7 @@ fn main() -> ExitCode {
         // `vmrun logs box | head -1`
         Err(error) if is_broken_pipe(&error) => failed.into(),
         Err(error) if supervise => {
-            detach::report_failed(failed, &error);
+            detach::report_failed(failed, &error, "");
             failed.into()
         }
         Err(error) => {
@@ -88,6 +89,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Wait(args) => stop::wait(&folders.root, &args.names),
         Command::Pause(args) => stop::pause(&folders.root, &args.names),
         Command::Unpause(args) => stop::unpause(&folders.root, &args.names),
+        Command::Cp { archive, source, destination } => cp::cp(&folders.root, archive, &source, &destination),
         Command::Rm { force, containers } => remove::rm(&folders.root, force, &containers.names),
         Command::Stats(args) => stats::stats(&folders.root, &args),
         Command::Pull { quiet, plain_http, image } => {

@@ -93,8 +93,6 @@ impl Record {
 
     /// Keeps an ended container for `logs`, `inspect` and `rm`.
     pub(crate) fn keep(&self, status: Status, error: Option<String>) -> Result<()> {
-        // Absent when nobody was served.
-        let _ = fs::remove_file(self.control_socket());
         self.update(|state| {
             state.finished_at_ms = Some(now_ms());
             state.error = error;

@@ -122,10 +122,11 @@ impl Run {
         match self.start(&record).await {
             Ok(started) => self.attend(record, started).await,
             Err(NotStarted { exit_code, error }) => {
+                let said = detach::logged(&record.data_dir());
                 record.remove()?;
                 match self.place {
                     Place::Foreground => complain(&format!("{error:#}")),
-                    Place::Supervisor => detach::report_failed(exit_code, &error),
+                    Place::Supervisor => detach::report_failed(exit_code, &error, &said),
                 }
                 Ok(exit_code)
             }
@@ -238,7 +239,7 @@ impl Run {
         })?;
         let init = ProcessId::init(&self.name);
         let container = Rc::new(Container::new(sandbox, record, init, process, tree, self.stop_signal));
-        let server = tokio::task::spawn_local(control::serve(listener, container.clone()));
+        tokio::task::spawn_local(control::serve(listener, container.clone()));
         if self.place == Place::Supervisor
             && let Err(error) = detach::report_started(&self.name, self.args.timing.then(|| timing.clone()))
         {
@@ -249,7 +250,6 @@ impl Run {
         let ending = self.wait(&container, &mut signals).await;
         copying.finish(&container, &mut signals).await;
         container.sandbox.stop().await;
-        server.abort();
         drop(copying);
         let status = Status::Exited { exit_code: ending.exit_code, oom_killed: ending.oom_killed };
         if let Some(error) = &ending.error {

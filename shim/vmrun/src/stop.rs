@@ -91,7 +91,11 @@ fn wait_exit(root: &Path, name: &str) -> Result<u8> {
     match client.receive() {
         Ok((Answer::Exited(exit_code), _)) => Ok(exit_code),
         Ok((other, _)) => bail!("unexpected answer of the container's owner: {other:?}"),
-        Err(error) => Err(error.context(format!("container {name} was lost"))),
+        // It may have ended just as we came.
+        Err(error) => match state::read(root, name)?.status {
+            Status::Exited { exit_code, .. } => Ok(exit_code),
+            _ => Err(error.context(format!("container {name} was lost"))),
+        },
     }
 }
 

@@ -46,6 +46,16 @@ fn check_node(mode: u32, device: u32) -> io::Result<()> {
     }
 }
 
+/// A file system of the host without access control lists has none to show. Linux would take any other error than "no such
+/// attribute" for the answer to a permission check.
+fn without_access_list(name: &CStr, error: io::Error) -> io::Error {
+    let unsupported = error.raw_os_error() == Some(libc::EOPNOTSUPP);
+    if unsupported && name.to_bytes().starts_with(b"system.posix_acl_") {
+        return io::Error::from_raw_os_error(libc::ENODATA);
+    }
+    error
+}
+
 type Inode = <PassthroughFs as FileSystem>::Inode;
 type Handle = <PassthroughFs as FileSystem>::Handle;
 
@@ -279,7 +289,7 @@ impl FileSystem for CheckedFs {
     }
 
     fn getxattr(&self, ctx: Context, inode: Inode, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
-        self.fs.getxattr(ctx, inode, name, size)
+        self.fs.getxattr(ctx, inode, name, size).map_err(|error| without_access_list(name, error))
     }
 
     fn listxattr(&self, ctx: Context, inode: Inode, size: u32) -> io::Result<ListxattrReply> {
@@ -336,7 +346,9 @@ impl FileSystem for CheckedFs {
 
 #[cfg(test)]
 mod tests {
-    use super::{check_name, check_node};
+    use std::io;
+
+    use super::{check_name, check_node, without_access_list};
 
     #[test]
     fn a_name_is_one_component() {
@@ -344,6 +356,14 @@ mod tests {
         assert!(check_name(c"...").is_ok());
         let refused = [c"", c".", c"..", c"a/b", c"../up", c"/etc", c"a/"];
         assert!(refused.into_iter().all(|name| check_name(name).is_err()));
+    }
+
+    #[test]
+    fn a_file_system_without_access_lists_has_none() {
+        let unsupported = || io::Error::from_raw_os_error(libc::EOPNOTSUPP);
+        let seen = |name| without_access_list(name, unsupported()).raw_os_error();
+        assert_eq!(seen(c"system.posix_acl_access"), Some(libc::ENODATA));
+        assert_eq!(seen(c"user.colour"), Some(libc::EOPNOTSUPP));
     }
 
     #[test]
