@@ -20,6 +20,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::complain;
 
+/// Most of the supervisor's log that is passed on, in bytes.
+const MAX_LOGGED: usize = 4096;
+
 /// What the supervisor says, once.
 #[derive(Debug, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -97,9 +100,18 @@ pub(crate) fn report_started(name: &str, timing: Option<String>) -> Result<()> {
 }
 
 /// Tells the caller why the command does not run.
-pub(crate) fn report_failed(exit_code: u8, error: &anyhow::Error) {
+pub(crate) fn report_failed(exit_code: u8, error: &anyhow::Error, said: &str) {
+    let cause = if said.is_empty() { format!("{error:#}") } else { format!("{error:#}\n{said}") };
     // A caller that is gone does not want to know.
-    let _ = report(&Report::Failed { exit_code, cause: format!("{error:#}") });
+    let _ = report(&Report::Failed { exit_code, cause });
+}
+
+/// What [`log_to`] has kept, which goes with the container: the last of it, fit for a terminal.
+pub(crate) fn logged(data_dir: &Path) -> String {
+    let bytes = fs::read(data_dir.join("owner.log")).unwrap_or_default();
+    let tail = &bytes[bytes.len().saturating_sub(MAX_LOGGED)..];
+    let shown = |c: char| if c.is_control() && c != '\n' { '.' } else { c };
+    String::from_utf8_lossy(tail).trim_end().chars().map(shown).collect()
 }
 
 fn report(report: &Report) -> Result<()> {

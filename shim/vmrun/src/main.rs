@@ -64,7 +64,7 @@ fn main() -> ExitCode {
         // `vmrun logs box | head -1`
         Err(error) if is_broken_pipe(&error) => failed.into(),
         Err(error) if supervise => {
-            detach::report_failed(failed, &error);
+            detach::report_failed(failed, &error, "");
             failed.into()
         }
         Err(error) => {

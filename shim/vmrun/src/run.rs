@@ -122,10 +122,11 @@ impl Run {
         match self.start(&record).await {
             Ok(started) => self.attend(record, started).await,
             Err(NotStarted { exit_code, error }) => {
+                let said = detach::logged(&record.data_dir());
                 record.remove()?;
                 match self.place {
                     Place::Foreground => complain(&format!("{error:#}")),
-                    Place::Supervisor => detach::report_failed(exit_code, &error),
+                    Place::Supervisor => detach::report_failed(exit_code, &error, &said),
                 }
                 Ok(exit_code)
             }
