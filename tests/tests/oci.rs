@@ -191,7 +191,7 @@ async fn fields_of_a_spec_hold() {
     assert!(text.contains("monotonic 1000 0"), "{text}");
 
     let device =
-        json!([{ "path": "/dev/extra", "type": "c", "major": 1, "minor": 5, "fileMode": 0o640, "uid": 5, "gid": 6 }]);
+        json!([{ "path": "/dev/extra", "type": "c", "major": 1, "minor": 5, "fileMode": 0o644, "uid": 5, "gid": 6 }]);
     let script =
         "stat -c '%a %u %g %t %T' /dev/extra; head -c 3 /dev/extra | wc -c; cat /proc/self/uid_map | tr -s ' '";
     let (_, text) = pod
@@ -199,7 +199,7 @@ async fn fields_of_a_spec_hold() {
             spec["linux"]["devices"] = device;
         })
         .await;
-    assert!(text.starts_with("640 5 6 1 5\n3\n 0 0 4294967295"), "{text}");
+    assert!(text.starts_with("644 5 6 1 5\n3\n 0 0 4294967295"), "{text}");
     pod.0.stop().await;
 }
 
