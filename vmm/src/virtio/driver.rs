@@ -10,7 +10,6 @@ use super::{ActiveQueue, GuestMemory, Interrupt};
 
 pub(crate) const NEXT: u16 = 1;
 pub(crate) const WRITE: u16 = 2;
-pub(crate) const INDIRECT: u16 = 4;
 
 /// A queue of `size` descriptors at `base`: table, available ring and used ring, a page each.
 pub(crate) struct DriverQueue {
