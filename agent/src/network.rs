@@ -134,7 +134,9 @@ fn prefix(text: &str) -> Result<(IpAddr, u8), NetworkError> {
 }
 
 fn mac(text: &str) -> Result<Vec<u8>, NetworkError> {
-    let byte = |part: &str| if part.len() == 2 { u8::from_str_radix(part, 16).ok() } else { None };
+    // Digits alone: from_str_radix also takes a sign.
+    let is_byte = |part: &str| part.len() == 2 && part.bytes().all(|digit| digit.is_ascii_hexdigit());
+    let byte = |part: &str| u8::from_str_radix(part, 16).ok().filter(|_| is_byte(part));
     let bytes: Option<Vec<u8>> = text.split(':').map(byte).collect();
     let invalid = || NetworkError::Invalid { what: "a MAC address", text: text.to_owned() };
     bytes.filter(|bytes| bytes.len() == 6).ok_or_else(invalid)

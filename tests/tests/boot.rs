@@ -92,10 +92,20 @@ fn accesses_to_ports_and_addresses_without_a_device_are_harmless() {
     assert_eq!(exit.reason, ExitReason::GuestReset, "{exit:?}");
 }
 
+/// A pause may come before the guest's first instruction; each question gives the guest time to get there.
+fn wait_for_a_port_exit(vm: &mut Vm) {
+    let ran = (0..100_000).any(|_| match vm.ask(&Request::Stats) {
+        Reply::Stats(stats) => stats.port_exits > 0,
+        other => panic!("{other:?}"),
+    });
+    assert!(ran, "the guest has not run");
+}
+
 #[test]
 fn a_running_vm_can_be_paused_resumed_counted_and_shut_down() {
     let mut vm = Vm::start(kernel(&BUSY));
     assert_eq!(vm.ask(&Request::State), Reply::State(State::Running));
+    wait_for_a_port_exit(&mut vm);
     assert_eq!(vm.ask(&Request::Pause), Reply::Done);
     assert_eq!(vm.ask(&Request::State), Reply::State(State::Paused));
     let paused = vm.ask(&Request::Stats);
