@@ -271,7 +271,7 @@ fn use_is_measured() {
     assert!(measured[0]["cpu_percent"].as_f64().expect("a number") > 20.0, "{printed}");
     assert_eq!(measured[0]["memory_limit_bytes"], 100 << 20);
     assert!(story.call(&["stats", "--no-stream"]).success().contains("100.00MiB"));
-    assert_eq!(story.call(&["kill", "one"]).code, 0);
+    assert_eq!(story.call(&["rm", "--force", "one"]).code, 0);
 }
 
 #[test]
