@@ -383,7 +383,7 @@ fn a_bundle_runs_as_its_specification_says() {
     spec["linux"]["namespaces"][0]["path"] = json!("/proc/1/ns/pid");
     write(&spec);
     refused(&["run", &image], "linux.namespaces[].path");
-    fs::write(bundle.join("config.json"), "[]").expect("specification");
+    fs::write(bundle.join("config.json"), "{").expect("specification");
     refused(&["run", &image], "not an OCI specification");
 }
 

@@ -66,9 +66,9 @@ pub(crate) struct Image {
 }
 
 impl Image {
-    /// Makes the directories of the image's volumes that it has not. A read-only root gets a tmpfs for each in their place.
-    pub(crate) fn make_volumes(&self, tree: &OwnedFd, read_only: bool) -> Result<()> {
-        for path in self.volumes.iter().filter(|_| !read_only) {
+    /// Makes the directories of the image's volumes that it has not.
+    pub(crate) fn make_volumes(&self, tree: &OwnedFd) -> Result<()> {
+        for path in &self.volumes {
             sandbox::share::make_dirs_in_tree(tree, Path::new(path))
                 .with_context(|| format!("cannot make the image's volume {path}"))?;
         }

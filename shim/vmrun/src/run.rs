@@ -162,17 +162,33 @@ impl Run {
         }
     }
 
+    /// The root file system, with a directory for each volume of the image.
+    fn rootfs_tree(&self, record: &Record) -> Result<OwnedFd> {
+        let (image, scratch) = (&self.image, record.dir().scratch());
+        let (layer_dir, writable) = (image.layer_dir.clone(), Some(record.data_dir()));
+        let layers = |lower, writable| Rootfs::Layers { lower, layer_dir: layer_dir.clone(), writable };
+        if !self.args.read_only {
+            let tree = share::rootfs_tree(layers(image.layers.clone(), writable), &scratch)?;
+            image.make_volumes(&tree)?;
+            return Ok(tree);
+        }
+        let mut lower = image.layers.clone();
+        if !image.volumes.is_empty() {
+            // What is made now is the topmost layer of the read-only root.
+            image.make_volumes(&share::rootfs_tree(layers(lower.clone(), writable), &scratch)?)?;
+            lower.insert(0, record.data_dir().join("upper"));
+        }
+        let rootfs = match lower.as_slice() {
+            [only] => Rootfs::Directory { path: layer_dir.join(only), read_only: true },
+            _ => layers(lower, None),
+        };
+        Ok(share::rootfs_tree(rootfs, &scratch)?)
+    }
+
     /// The spec and the trees that it needs.
     fn prepare(&self, record: &Record) -> Result<Prepared> {
         let (args, image, scratch) = (&self.args, &self.image, record.dir().scratch());
-        let writable = if args.read_only { None } else { Some(record.data_dir()) };
-        let rootfs = if image.layers.len() == 1 && args.read_only {
-            Rootfs::Directory { path: image.layer_dir.join(&image.layers[0]), read_only: true }
-        } else {
-            Rootfs::Layers { lower: image.layers.clone(), layer_dir: image.layer_dir.clone(), writable }
-        };
-        let tree = share::rootfs_tree(rootfs, &scratch)?;
-        image.make_volumes(&tree, args.read_only)?;
+        let tree = self.rootfs_tree(record)?;
         let wanted = args.user.as_deref().or(image.user.as_deref()).filter(|user| !user.is_empty());
         let user = user::resolve(&tree, wanted.unwrap_or("0"))?;
         let mut planned = plan::plan(spec::container(args, image, &user, &self.name, &self.command)?)?;

@@ -416,11 +416,15 @@ fn node<R: Read>(parent: &OwnedFd, name: &OsStr, entry: &Entry<'_, R>, attribute
         EntryType::Block => FileType::BlockDevice,
         _ => FileType::Fifo,
     };
-    let device = rustix::fs::makedev(header.device_major()?.unwrap_or(0), header.device_minor()?.unwrap_or(0));
+    // A fifo has no numbers, and its fields may be empty.
+    let device = match kind {
+        FileType::Fifo => 0,
+        _ => rustix::fs::makedev(header.device_major()?.unwrap_or(0), header.device_minor()?.unwrap_or(0)),
+    };
     if kind.is_char_device() && device == 0 {
         bail!("the device 0:0 is overlayfs's mark of a deletion; a layer says that with a .wh. file");
     }
-    mknodat(parent, name, kind, Mode::empty(), if kind == FileType::Fifo { 0 } else { device })?;
+    mknodat(parent, name, kind, Mode::empty(), device)?;
     chownat(parent, name, Some(attributes.uid), Some(attributes.gid), AtFlags::SYMLINK_NOFOLLOW)?;
     Ok(chmodat(parent, name, attributes.mode, AtFlags::empty())?)
 }
