@@ -120,6 +120,27 @@ const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
 const BPF_CGROUP_DEVICE: u32 = 6;
 const BPF_F_ALLOW_MULTI: u32 = 2;
 
+/// Times that a load is tried: the kernel's verifier gives up with EAGAIN when a signal comes, as each child that ends sends one.
+const LOAD_ATTEMPTS: u32 = 100;
+
+/// The pointers of `load` are to what outlives the call, and its lengths are theirs.
+fn load_program(load: &BpfProgLoad) -> io::Result<OwnedFd> {
+    let mut attempts = 0;
+    loop {
+        // SAFETY: the kernel reads `insn_cnt` instructions and a terminated string, both of which outlive the call.
+        let program =
+            unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const *load, size_of::<BpfProgLoad>()) };
+        match i32::try_from(program) {
+            Ok(fd @ 0..) => return Ok(take_fd(fd)),
+            _ => attempts += 1,
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::WouldBlock || attempts == LOAD_ATTEMPTS {
+            return Err(error);
+        }
+    }
+}
+
 /// Loads a program of device rules and attaches it to a cgroup, for as long as that exists (bpf(2)).
 pub(crate) fn attach_device_program(cgroup: BorrowedFd<'_>, instructions: &[u64]) -> io::Result<()> {
     let license = c"Apache-2.0";
@@ -134,10 +155,7 @@ pub(crate) fn attach_device_program(cgroup: BorrowedFd<'_>, instructions: &[u64]
         kern_version: 0,
         prog_flags: 0,
     };
-    // SAFETY: the kernel reads `insn_cnt` instructions and a terminated string, both of which outlive the call.
-    let program = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const load, size_of::<BpfProgLoad>()) };
-    let program = i32::try_from(program).ok().filter(|fd| *fd >= 0).ok_or_else(io::Error::last_os_error)?;
-    let program = take_fd(program);
+    let program = load_program(&load)?;
     let attach = BpfProgAttach {
         target_fd: cgroup.as_raw_fd(),
         attach_bpf_fd: program.as_raw_fd(),
