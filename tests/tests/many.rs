@@ -15,7 +15,7 @@ use sandbox::{BootRequest, CachePolicy, ProcessId, Sandbox, WantedStreams};
 use tests::Story;
 use tokio::io::AsyncReadExt as _;
 
-/// As many as a guest of the emulated host lives through (tests/kvm-host/README.md, Limits); hardware takes a thousand.
+/// Fewer than the thousand that are wanted, and with one vCPU: more was not seen to pass (tests/kvm-host/README.md, Limits).
 const CONTAINER_COUNT: usize = 100;
 /// Containers that run at once.
 const CONCURRENCY: usize = 4;
