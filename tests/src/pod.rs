@@ -31,17 +31,25 @@ pub const UNIMPLEMENTED: i32 = 12;
 pub struct Pod(pub Sandbox);
 
 impl Pod {
-    /// Boots it.
+    /// Boots it, small.
     ///
     /// # Panics
     /// When it does not boot.
     pub async fn boot(story: &Story) -> Self {
+        Self::boot_with(story, VmSize { vcpus: 1, memory_mib: 384 }).await
+    }
+
+    /// Boots it with a size.
+    ///
+    /// # Panics
+    /// When it does not boot.
+    pub async fn boot_with(story: &Story, size: VmSize) -> Self {
         let rootfs = Rootfs::Directory { path: story.rootfs(), read_only: false };
         let tree = rootfs_tree(rootfs, &story.scratch()).expect("the root file system is shared");
         let request = BootRequest {
             name: "pod".to_owned(),
-            size: VmSize { vcpus: 1, memory_mib: 384 },
-            shares: vec![(ROOTFS_TAG.to_owned(), tree, CachePolicy::Auto)],
+            size,
+            shares: vec![(ROOTFS_TAG.to_owned(), tree, CachePolicy::Always)],
             console: None,
             artifacts: Artifacts::find().expect("VMRUN_VMM, VMRUN_KERNEL and VMRUN_INITRAMFS name the artefacts"),
             deadline: BOOT_DEADLINE,
