@@ -1,0 +1,44 @@
+//! containerd's configuration for stories: the format of its release, every path in the room, two handlers of ours for the CRI plugin.
+
+use std::path::Path;
+
+use super::packages::cni_plugins;
+use super::{PAUSE, Release};
+
+/// The text of `config.toml`. The handlers of the CRI plugin are `vm`, and `vm-sandbox` with the sandbox service of the shim.
+pub(super) fn containerd(release: Release, dir: &Path) -> String {
+    let dir = dir.display();
+    let plugins = cni_plugins();
+    let cni = format!("bin_dir = \"{}\"\nconf_dir = \"{dir}/net.d\"", plugins.display());
+    let first = format!(
+        "root = \"{dir}/root\"\nstate = \"{dir}/run\"\nimports = [\"{dir}/etc/conf.d/*.toml\"]\n\
+         [grpc]\naddress = \"{dir}/run/c.sock\"\n[debug]\nlevel = \"debug\"\n"
+    );
+    match release {
+        Release::Bookworm => format!("version = 2\n{first}{}", version_2(&cni, None)),
+        Release::Trixie => format!("version = 2\n{first}{}", version_2(&cni, Some("sandbox_mode"))),
+        Release::Sid => format!("version = 3\n{first}{}", version_3(&cni)),
+    }
+}
+
+fn version_2(cni: &str, sandbox_key: Option<&str>) -> String {
+    let plugin = "plugins.\"io.containerd.grpc.v1.cri\"";
+    let sandbox = sandbox_key.map_or_else(String::new, |key| {
+        let table = format!("[{plugin}.containerd.runtimes.vm-sandbox]");
+        format!("{table}\nruntime_type = \"io.containerd.vm.v2\"\n{key} = \"shim\"\n")
+    });
+    format!(
+        "[{plugin}]\nsandbox_image = \"{PAUSE}\"\ndisable_apparmor = true\n[{plugin}.cni]\n{cni}\n\
+         [{plugin}.containerd.runtimes.vm]\nruntime_type = \"io.containerd.vm.v2\"\n{sandbox}"
+    )
+}
+
+fn version_3(cni: &str) -> String {
+    let runtime = "plugins.\"io.containerd.cri.v1.runtime\"";
+    format!(
+        "[plugins.\"io.containerd.cri.v1.images\".pinned_images]\nsandbox = \"{PAUSE}\"\n\
+         [{runtime}]\ndisable_apparmor = true\n[{runtime}.cni]\n{cni}\n\
+         [{runtime}.containerd.runtimes.vm]\nruntime_type = \"io.containerd.vm.v2\"\n\
+         [{runtime}.containerd.runtimes.vm-sandbox]\nruntime_type = \"io.containerd.vm.v2\"\nsandboxer = \"shim\"\n"
+    )
+}
