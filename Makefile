@@ -6,9 +6,9 @@ static_env := RUSTFLAGS="-C target-feature=+crt-static" LIBSECCOMP_LINK_TYPE=sta
 
 .PHONY: build run test bench lint clean
 
-# vmrun with the three files that it looks for beside itself.
+# vmrun and the shim, with the three files that they look for beside themselves.
 build: packages
-	cargo build --release -p vmrun -p rootfs
+	cargo build --release -p vmrun -p containerd-shim-vm-v2 -p rootfs
 	$(static_env) cargo build --release -p vmm -p agent --target x86_64-unknown-linux-gnu --target-dir $(target)/static
 	install -m 755 $(static)/vmm $(release)/vmm
 	$(release)/rootfs --agent $(static)/agent --output $(release)/initramfs
