@@ -42,6 +42,8 @@ pub const NAMESPACE: &str = "story";
 pub const BUSYBOX: &str = "example.org/busybox:1";
 /// An image that sleeps, which the CRI plugin runs as a pod's first container.
 pub const PAUSE: &str = "example.org/pause:1";
+/// containerd's configuration, a path in the room.
+const CONFIG: &str = "/etc/containerd/config.toml";
 /// Longest time that a `ctr` may take, in seconds: VMs start on an emulated host.
 const CTR_DEADLINE_S: &str = "180";
 /// Longest time that containerd may take to boot, where another one may boot beside it.
@@ -67,7 +69,9 @@ impl Containerd {
     #[must_use]
     pub fn start(release: Release) -> Self {
         let room = Room::open();
-        fs::write(room.path("config.toml"), config::containerd(release, room.dir())).expect("configuration");
+        fs::write(room.path("etc/config.toml"), config::containerd(release, room.dir())).expect("configuration");
+        fs::create_dir(room.path("net.d")).expect("a folder");
+        fs::write(room.path("net.d/10-story.conflist"), config::NETWORK).expect("a network");
         let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         let mut containerd =
             Self { release, room, daemon: None, boots: 0, is_scrap: false, chain: String::new(), tokio };
@@ -91,7 +95,7 @@ impl Containerd {
     /// The socket that it answers at.
     #[must_use]
     pub fn socket(&self) -> PathBuf {
-        self.room.path("run/c.sock")
+        self.room.path("run/containerd.sock")
     }
 
     /// Its process id.
@@ -178,8 +182,7 @@ impl Containerd {
     /// When it does not boot; its log is printed.
     pub fn boot(&mut self) {
         let log = File::options().create(true).append(true).open(self.log()).expect("log");
-        let config = self.room.path("config.toml");
-        let mut command = self.command("containerd", &["--config", config.to_str().expect("a path of ours")]);
+        let mut command = self.command("containerd", &["--config", CONFIG]);
         let streams = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         self.daemon = Some(streams.spawn().expect("containerd starts"));
         self.boots += 1;

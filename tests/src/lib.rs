@@ -14,6 +14,7 @@ use tempfile::TempDir;
 pub use terminal::Terminal;
 
 pub mod containerd;
+pub mod cri;
 pub mod guest;
 pub mod image;
 pub mod pod;

@@ -5,14 +5,19 @@ use std::path::Path;
 use super::packages::cni_plugins;
 use super::{PAUSE, Release};
 
+/// The network of pods: a bridge in the room, and addresses that nothing else there has.
+pub(super) const NETWORK: &str = r#"{"cniVersion": "0.4.0", "name": "story", "plugins": [{
+    "type": "bridge", "bridge": "cni0", "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.88.0.0/16"}]]}
+}]}"#;
+
 /// The text of `config.toml`. The handlers of the CRI plugin are `vm`, and `vm-sandbox` with the sandbox service of the shim.
 pub(super) fn containerd(release: Release, dir: &Path) -> String {
     let dir = dir.display();
     let plugins = cni_plugins();
     let cni = format!("bin_dir = \"{}\"\nconf_dir = \"{dir}/net.d\"", plugins.display());
     let first = format!(
-        "root = \"{dir}/root\"\nstate = \"{dir}/run\"\nimports = [\"{dir}/etc/conf.d/*.toml\"]\n\
-         [grpc]\naddress = \"{dir}/run/c.sock\"\n[debug]\nlevel = \"debug\"\n"
+        "root = \"{dir}/root\"\nstate = \"{dir}/run\"\nimports = [\"/etc/containerd/conf.d/*.toml\"]\n\
+         [grpc]\naddress = \"{dir}/run/containerd.sock\"\n[debug]\nlevel = \"debug\"\n"
     );
     match release {
         Release::Bookworm => format!("version = 2\n{first}{}", version_2(&cni, None)),

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use containerd_client::events::{TaskExecAdded, TaskExit};
+use containerd_client::events::{TaskExit, TaskOom};
 use containerd_client::services::v1::{Namespace, SubscribeRequest, UpdateNamespaceRequest};
 use containerd_client::tonic::{Request, Status, Streaming};
 use containerd_client::types::Envelope;
@@ -25,9 +25,9 @@ pub struct Event {
 }
 
 impl Event {
-    /// The container that it is about, in every event of a task the first field.
+    /// The container that it is about: in every event of a task the first field, in this one the only.
     fn container_id(&self) -> String {
-        self.decode::<TaskExecAdded>().container_id
+        self.decode::<TaskOom>().container_id
     }
 
     /// The exit status that an event of `/tasks/exit` tells.

@@ -16,21 +16,17 @@ const CRI_NAMESPACE: &str = "k8s.io";
 impl Containerd {
     /// Returns the chain id of the image's layers.
     pub(super) fn import_busybox(&self) -> String {
-        let layer = || {
-            let users = b"root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/:/bin/sh\n";
-            Layer::busybox().dir("root", 0o700).file("etc/passwd", users, 0o644).file(
-                "etc/group",
-                b"root:x:0:\n",
-                0o644,
-            )
-        };
-        let environment = json!(["PATH=/bin"]);
-        let busybox = Image::new(vec![layer()], json!({"Cmd": ["sh"], "Env": environment}));
+        let busybox = busybox(json!({"Cmd": ["sh"], "Env": ["PATH=/bin"]}));
         self.import(&busybox, BUSYBOX, &[NAMESPACE, CRI_NAMESPACE]);
-        let pause = Image::new(vec![layer()], json!({"Entrypoint": ["/bin/sleep", "1000000"], "Env": environment}));
+        let pause = self::busybox(json!({"Entrypoint": ["/bin/sleep", "1000000"]}));
         self.import(&pause, PAUSE, &[CRI_NAMESPACE]);
         // OCI image-spec, config.md: the chain id of one layer is its diff id.
         busybox.diff_ids().remove(0)
+    }
+
+    /// Imports the image of busybox by another name, into the namespace that `ctr` has by default.
+    pub fn import_as(&self, name: &str) {
+        self.import(&busybox(json!({"Cmd": ["sh"], "Env": ["PATH=/bin"]})), name, &["default"]);
     }
 
     fn import(&self, image: &Image, name: &str, namespaces: &[&str]) {
@@ -71,4 +67,10 @@ impl Containerd {
         let _ = outcome(self.ctr_in(namespace, &import)).success();
         fs::remove_file(archive).expect("removed");
     }
+}
+
+fn busybox(config: Value) -> Image {
+    let users = b"root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/:/bin/sh\n";
+    let layer = Layer::busybox().dir("root", 0o700).file("etc/passwd", users, 0o644);
+    Image::new(vec![layer.file("etc/group", b"root:x:0:\n", 0o644)], config)
 }

@@ -30,14 +30,12 @@ impl Release {
     }
 }
 
-/// `PATH` for containerd and `ctr` of a release: their own programs, runc, the shim beside `vmrun`, the system's.
+/// `PATH` for containerd and `ctr` of a release: their own programs, runc, the link to the shim, the system's.
 pub(super) fn path(release: Release) -> String {
     let packages = packages();
     let containerd = packages.join(release.name()).join("usr/bin");
     let runc = packages.join("runc/usr/sbin");
-    let vmrun = PathBuf::from(std::env::var_os("VMRUN").expect("VMRUN names the program: use `make test`"));
-    let ours = vmrun.parent().expect("a folder");
-    format!("{}:{}:{}:/usr/sbin:/usr/bin:/sbin:/bin", containerd.display(), runc.display(), ours.display())
+    format!("{}:{}:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", containerd.display(), runc.display())
 }
 
 /// The CNI plugins.

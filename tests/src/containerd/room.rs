@@ -1,10 +1,11 @@
 //! The place of one containerd: a folder, a mount namespace and a network namespace that a process holds, and a cgroup.
 //!
 //! Paths that containerd, its shims and the CNI plugins have in their code (`/run/containerd`, `/run/netns`, `/var/lib/cni`,
-//! `/etc/containerd`, `/etc/vmrun`) are folders of the room there, so that several run beside each other, and what is in them is this one's.
+//! `/etc/containerd`, `/etc/vmrun`, `/usr/local/bin`) are folders of the room there, so that several run beside each other, and what is in them is this one's.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -21,6 +22,7 @@ mount -t tmpfs -o mode=755 tmpfs root
 mkdir -p /run/containerd /run/netns /var/lib/cni /etc/containerd /etc/vmrun
 mount --bind run /run/containerd
 mount --bind etc /etc/containerd
+mount --bind bin /usr/local/bin
 mount --bind etc-vmrun /etc/vmrun
 mount --bind cni /var/lib/cni
 mount -t tmpfs -o mode=755 tmpfs /run/netns
@@ -28,6 +30,12 @@ busybox ip link set lo up
 echo ready
 exec cat
 "#;
+
+/// The runtime's configuration: small VMs, and time for one to boot on an emulated host.
+const VMRUN_CONFIG: &str = "[vm]\nmemory_mib = 256\nboot_deadline_s = 150\n[log]\nlevel = \"debug\"\n";
+
+/// The shim's file name.
+pub(super) const SHIM: &str = "containerd-shim-vm-v2";
 
 /// Enters the room's cgroup and becomes the command.
 const ENTER: &str = r#"echo $$ >"$0/cgroup.procs" && exec "$@""#;
@@ -42,9 +50,12 @@ impl Room {
     /// Makes the folder, the cgroup and the namespaces.
     pub(super) fn open() -> Self {
         let dir = tempfile::Builder::new().prefix("ctd-").tempdir_in("/tmp").expect("a temporary folder");
-        for folder in ["root", "run", "etc", "etc-vmrun", "cni", "logs"] {
+        for folder in ["root", "run", "etc", "etc-vmrun", "cni", "logs", "bin"] {
             fs::create_dir(dir.path().join(folder)).expect("a folder of the room");
         }
+        fs::write(dir.path().join("etc-vmrun/config.toml"), VMRUN_CONFIG).expect("configuration");
+        let vmrun = PathBuf::from(std::env::var_os("VMRUN").expect("VMRUN names the program: use `make test`"));
+        symlink(vmrun.with_file_name(SHIM), dir.path().join("bin").join(SHIM)).expect("a link");
         let cgroup = Path::new("/sys/fs/cgroup").join(dir.path().file_name().expect("a name"));
         fs::create_dir(&cgroup).expect("cgroup v2 is mounted: run the stories with tests/on-kvm");
         let mut holder = Command::new("unshare")
