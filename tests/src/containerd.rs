@@ -36,8 +36,6 @@ mod tell;
 
 use room::Room;
 
-/// The namespace of containerd in which `ctr` works here.
-pub const NAMESPACE: &str = "story";
 /// An image of busybox with `sh` as its command.
 pub const BUSYBOX: &str = "example.org/busybox:1";
 /// An image that sleeps, which the CRI plugin runs as a pod's first container.
@@ -78,6 +76,13 @@ impl Containerd {
         containerd.boot();
         containerd.chain = containerd.import_busybox();
         containerd
+    }
+
+    /// The namespace of containerd in which the stories work, and the name of the cgroup that has the containers' below it. The
+    /// cgroups of the host are not the room's own, so it is another one in each room.
+    #[must_use]
+    pub fn namespace(&self) -> String {
+        self.room.namespace()
     }
 
     /// The runtime of the stories; another one proves that a story is right about containerd.
@@ -124,7 +129,7 @@ impl Containerd {
     /// `ctr` with these arguments.
     #[must_use]
     pub fn ctr_command(&self, arguments: &[&str]) -> Command {
-        self.ctr_in(NAMESPACE, arguments)
+        self.ctr_in(&self.namespace(), arguments)
     }
 
     /// Runs `ctr` to its end.
@@ -163,7 +168,7 @@ impl Containerd {
     /// A new connection to containerd's API.
     #[must_use]
     pub fn client(&self) -> Client {
-        self.block_on(Client::connect(&self.socket(), self.room.dir(), self.chain.clone()))
+        self.block_on(Client::connect(self))
     }
 
     /// Kills containerd with SIGKILL; what it started goes on.

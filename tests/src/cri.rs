@@ -36,6 +36,7 @@ pub const SANDBOX_NOTREADY: i32 = 1;
 pub struct Cri {
     runtime: RuntimeServiceClient<Channel>,
     dir: PathBuf,
+    cgroup_parent: String,
 }
 
 impl Cri {
@@ -45,7 +46,11 @@ impl Cri {
     /// When the plugin does not answer.
     pub async fn connect(containerd: &Containerd) -> Self {
         let inner = containerd_client::connect(containerd.socket()).await.expect("containerd listens");
-        Self { runtime: RuntimeServiceClient::new(inner), dir: containerd.path("logs") }
+        Self {
+            runtime: RuntimeServiceClient::new(inner),
+            dir: containerd.path("logs"),
+            cgroup_parent: format!("/{}", containerd.namespace()),
+        }
     }
 
     /// Runs a pod's sandbox; returns the pod.
@@ -84,7 +89,7 @@ impl Cri {
                 options: vec!["ndots:5".to_owned()],
             }),
             linux: Some(LinuxPodSandboxConfig {
-                cgroup_parent: format!("/{}", crate::containerd::NAMESPACE),
+                cgroup_parent: self.cgroup_parent.clone(),
                 security_context: Some(security),
                 ..Default::default()
             }),

@@ -1,7 +1,7 @@
 //! containerd's own API over gRPC, for what `ctr` does not reach, and because a start of `ctr` takes seconds on an emulated host.
 
 use std::future::Future;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use containerd_client::services::v1::container::Runtime;
@@ -19,7 +19,7 @@ use prost_types::Any;
 use serde_json::Value;
 
 use super::fifo::Streams;
-use super::{BUSYBOX, Containerd, NAMESPACE, spec};
+use super::{BUSYBOX, Containerd, spec};
 
 /// How containerd names a JSON runtime spec, and its process.
 const SPEC_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
@@ -33,6 +33,7 @@ const DEADLINE: Duration = Duration::from_secs(180);
 #[derive(Clone)]
 pub struct Client {
     inner: std::sync::Arc<containerd_client::Client>,
+    pub(super) namespace: String,
     /// Chain id of the layers of [`BUSYBOX`].
     pub(super) chain: String,
     pub(super) dir: PathBuf,
@@ -41,9 +42,15 @@ pub struct Client {
 }
 
 impl Client {
-    pub(super) async fn connect(socket: &Path, dir: &Path, chain: String) -> Self {
-        let inner = containerd_client::Client::from_path(socket).await.expect("containerd listens");
-        Self { inner: inner.into(), chain, dir: dir.to_owned(), runtime: Containerd::runtime() }
+    pub(super) async fn connect(containerd: &Containerd) -> Self {
+        let inner = containerd_client::Client::from_path(containerd.socket()).await.expect("containerd listens");
+        Self {
+            inner: inner.into(),
+            namespace: containerd.namespace(),
+            chain: containerd.chain.clone(),
+            dir: containerd.room.dir().to_owned(),
+            runtime: Containerd::runtime(),
+        }
     }
 
     /// Makes a container of [`BUSYBOX`] and its task, which does not run yet; `change` edits its spec.
@@ -65,7 +72,7 @@ impl Client {
         streams: Streams,
         change: impl FnOnce(&mut Value),
     ) -> Result<Process, Status> {
-        let mut spec = spec::container(id, args);
+        let mut spec = spec::container(&self.namespace, id, args);
         change(&mut spec);
         let mounts = self.prepare(id, spec).await?;
         let request = CreateTaskRequest {
@@ -77,7 +84,8 @@ impl Client {
             terminal: streams.is_terminal,
             ..Default::default()
         };
-        let created = call(request, |request| async { self.inner.tasks().create(request).await }).await;
+        let created =
+            call(&self.namespace, request, |request| async { self.inner.tasks().create(request).await }).await;
         match created {
             Ok(task) => Ok(Process::new(self, id, "", streams, task.pid)),
             Err(status) => {
@@ -95,7 +103,9 @@ impl Client {
             parent: self.chain.clone(),
             ..Default::default()
         };
-        let mounts = call(snapshot, |request| async { self.inner.snapshots().prepare(request).await }).await?.mounts;
+        let mounts = call(&self.namespace, snapshot, |request| async { self.inner.snapshots().prepare(request).await })
+            .await?
+            .mounts;
         let container = Container {
             id: id.to_owned(),
             image: BUSYBOX.to_owned(),
@@ -106,7 +116,7 @@ impl Client {
             ..Default::default()
         };
         let request = CreateContainerRequest { container: Some(container) };
-        call(request, |request| async { self.inner.containers().create(request).await }).await?;
+        call(&self.namespace, request, |request| async { self.inner.containers().create(request).await }).await?;
         Ok(mounts)
     }
 
@@ -116,9 +126,9 @@ impl Client {
     /// What containerd says.
     pub async fn forget(&self, id: &str) -> Result<(), Status> {
         let request = DeleteContainerRequest { id: id.to_owned() };
-        call(request, |request| async { self.inner.containers().delete(request).await }).await?;
+        call(&self.namespace, request, |request| async { self.inner.containers().delete(request).await }).await?;
         let request = RemoveSnapshotRequest { snapshotter: "overlayfs".to_owned(), key: id.to_owned() };
-        call(request, |request| async { self.inner.snapshots().remove(request).await }).await
+        call(&self.namespace, request, |request| async { self.inner.snapshots().remove(request).await }).await
     }
 
     /// The tasks that containerd knows.
@@ -127,7 +137,7 @@ impl Client {
     /// What containerd says.
     pub async fn tasks(&self) -> Result<Vec<String>, Status> {
         let request = ListTasksRequest::default();
-        let listed = call(request, |request| async { self.inner.tasks().list(request).await }).await?;
+        let listed = call(&self.namespace, request, |request| async { self.inner.tasks().list(request).await }).await?;
         Ok(listed.tasks.into_iter().map(|task| task.id).collect())
     }
 
@@ -137,7 +147,8 @@ impl Client {
     /// What containerd says.
     pub async fn containers(&self) -> Result<Vec<String>, Status> {
         let request = containerd_client::services::v1::ListContainersRequest::default();
-        let listed = call(request, |request| async { self.inner.containers().list(request).await }).await?;
+        let listed =
+            call(&self.namespace, request, |request| async { self.inner.containers().list(request).await }).await?;
         Ok(listed.containers.into_iter().map(|container| container.id).collect())
     }
 
@@ -190,7 +201,9 @@ impl Process {
     /// What containerd says.
     pub async fn start(&mut self) -> Result<(), Status> {
         let request = StartRequest { container_id: self.id.clone(), exec_id: self.exec_id.clone() };
-        let started = call(request, |request| async { self.client.inner.tasks().start(request).await }).await?;
+        let started =
+            call(&self.client.namespace, request, |request| async { self.client.inner.tasks().start(request).await })
+                .await?;
         self.pid = started.pid;
         Ok(())
     }
@@ -201,7 +214,9 @@ impl Process {
     /// What containerd says.
     pub async fn wait(&self) -> Result<u32, Status> {
         let request = WaitRequest { container_id: self.id.clone(), exec_id: self.exec_id.clone() };
-        Ok(call(request, |request| async { self.client.inner.tasks().wait(request).await }).await?.exit_status)
+        Ok(call(&self.client.namespace, request, |request| async { self.client.inner.tasks().wait(request).await })
+            .await?
+            .exit_status)
     }
 
     /// Sends a signal.
@@ -211,7 +226,7 @@ impl Process {
     pub async fn kill(&self, signal: u32) -> Result<(), Status> {
         let (container_id, exec_id) = (self.id.clone(), self.exec_id.clone());
         let request = KillRequest { container_id, exec_id, signal, all: false };
-        call(request, |request| async { self.client.inner.tasks().kill(request).await }).await
+        call(&self.client.namespace, request, |request| async { self.client.inner.tasks().kill(request).await }).await
     }
 
     /// Deletes it once it has ended; returns its exit status.
@@ -222,10 +237,14 @@ impl Process {
         let (container_id, exec_id) = (self.id.clone(), self.exec_id.clone());
         let deleted = if exec_id.is_empty() {
             let request = DeleteTaskRequest { container_id };
-            call(request, |request| async { self.client.inner.tasks().delete(request).await }).await?
+            call(&self.client.namespace, request, |request| async { self.client.inner.tasks().delete(request).await })
+                .await?
         } else {
             let request = DeleteProcessRequest { container_id, exec_id };
-            call(request, |request| async { self.client.inner.tasks().delete_process(request).await }).await?
+            call(&self.client.namespace, request, |request| async {
+                self.client.inner.tasks().delete_process(request).await
+            })
+            .await?
         };
         Ok(deleted.exit_status)
     }
@@ -273,7 +292,8 @@ impl Process {
             terminal: streams.is_terminal,
             spec: Some(json_any(PROCESS_TYPE, &process)),
         };
-        call(request, |request| async { self.client.inner.tasks().exec(request).await }).await?;
+        call(&self.client.namespace, request, |request| async { self.client.inner.tasks().exec(request).await })
+            .await?;
         Ok(Self::new(&self.client, &self.id, exec_id, streams, 0))
     }
 
@@ -306,7 +326,9 @@ impl Process {
     /// What containerd says.
     pub async fn status(&self) -> Result<String, Status> {
         let request = GetRequest { container_id: self.id.clone(), exec_id: self.exec_id.clone() };
-        let got = call(request, |request| async { self.client.inner.tasks().get(request).await }).await?;
+        let got =
+            call(&self.client.namespace, request, |request| async { self.client.inner.tasks().get(request).await })
+                .await?;
         let status = got.process.map(|process| process.status()).unwrap_or_default();
         Ok(status.as_str_name().to_owned())
     }
@@ -317,7 +339,7 @@ impl Process {
     /// What containerd says.
     pub async fn pause(&self) -> Result<(), Status> {
         let request = PauseTaskRequest { container_id: self.id.clone() };
-        call(request, |request| async { self.client.inner.tasks().pause(request).await }).await
+        call(&self.client.namespace, request, |request| async { self.client.inner.tasks().pause(request).await }).await
     }
 
     /// Lets them go on.
@@ -326,7 +348,7 @@ impl Process {
     /// What containerd says.
     pub async fn resume(&self) -> Result<(), Status> {
         let request = ResumeTaskRequest { container_id: self.id.clone() };
-        call(request, |request| async { self.client.inner.tasks().resume(request).await }).await
+        call(&self.client.namespace, request, |request| async { self.client.inner.tasks().resume(request).await }).await
     }
 
     /// Changes the size of its terminal.
@@ -336,7 +358,8 @@ impl Process {
     pub async fn resize(&self, width: u32, height: u32) -> Result<(), Status> {
         let (container_id, exec_id) = (self.id.clone(), self.exec_id.clone());
         let request = ResizePtyRequest { container_id, exec_id, width, height };
-        call(request, |request| async { self.client.inner.tasks().resize_pty(request).await }).await
+        call(&self.client.namespace, request, |request| async { self.client.inner.tasks().resize_pty(request).await })
+            .await
     }
 
     /// Says that nothing more will come on its standard input.
@@ -346,7 +369,8 @@ impl Process {
     pub async fn close_stdin(&self) -> Result<(), Status> {
         let (container_id, exec_id) = (self.id.clone(), self.exec_id.clone());
         let request = CloseIoRequest { container_id, exec_id, stdin: true };
-        call(request, |request| async { self.client.inner.tasks().close_io(request).await }).await
+        call(&self.client.namespace, request, |request| async { self.client.inner.tasks().close_io(request).await })
+            .await
     }
 
     /// Changes its limits, a `LinuxResources`.
@@ -359,7 +383,7 @@ impl Process {
             resources: Some(json_any(RESOURCES_TYPE, resources)),
             ..Default::default()
         };
-        call(request, |request| async { self.client.inner.tasks().update(request).await }).await
+        call(&self.client.namespace, request, |request| async { self.client.inner.tasks().update(request).await }).await
     }
 
     /// The process ids of the container.
@@ -368,18 +392,21 @@ impl Process {
     /// What containerd says.
     pub async fn pids(&self) -> Result<Vec<u32>, Status> {
         let request = ListPidsRequest { container_id: self.id.clone() };
-        let listed = call(request, |request| async { self.client.inner.tasks().list_pids(request).await }).await?;
+        let listed = call(&self.client.namespace, request, |request| async {
+            self.client.inner.tasks().list_pids(request).await
+        })
+        .await?;
         Ok(listed.processes.into_iter().map(|process| process.pid).collect())
     }
 }
 
 /// Adds the namespace and a deadline to a request.
-async fn call<T, R, F>(message: T, send: impl FnOnce(Request<T>) -> F) -> Result<R, Status>
+async fn call<T, R, F>(namespace: &str, message: T, send: impl FnOnce(Request<T>) -> F) -> Result<R, Status>
 where
     F: Future<Output = Result<Response<R>, Status>>,
 {
     let mut request = message.into_request();
-    request.metadata_mut().insert("containerd-namespace", NAMESPACE.parse().expect("ASCII"));
+    request.metadata_mut().insert("containerd-namespace", namespace.parse().expect("ASCII"));
     request.set_timeout(DEADLINE);
     send(request).await.map(Response::into_inner)
 }

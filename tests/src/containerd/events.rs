@@ -10,7 +10,6 @@ use containerd_client::types::Envelope;
 use prost::Message;
 use tokio::time::{sleep, timeout};
 
-use super::NAMESPACE;
 use super::client::Client;
 
 /// Longest wait for an event.
@@ -57,7 +56,7 @@ impl Events {
     /// # Errors
     /// What containerd says.
     pub async fn subscribe(client: &Client) -> Result<Self, Status> {
-        let filters = vec![format!("namespace=={NAMESPACE}")];
+        let filters = vec![format!("namespace=={}", client.namespace)];
         let mut events = client.events();
         // containerd answers with the first event that the subscription hears.
         let mut subscribed = std::pin::pin!(events.subscribe(SubscribeRequest { filters }));
@@ -99,9 +98,9 @@ impl Events {
 impl Client {
     async fn label(&self, number: u32) -> Result<(), Status> {
         let labels = HashMap::from([("heard".to_owned(), number.to_string())]);
-        let namespace = Namespace { name: NAMESPACE.to_owned(), labels };
+        let namespace = Namespace { name: self.namespace.clone(), labels };
         let mut request = Request::new(UpdateNamespaceRequest { namespace: Some(namespace), update_mask: None });
-        request.metadata_mut().insert("containerd-namespace", NAMESPACE.parse().expect("ASCII"));
+        request.metadata_mut().insert("containerd-namespace", self.namespace.parse().expect("ASCII"));
         self.namespaces().update(request).await.map(drop)
     }
 }

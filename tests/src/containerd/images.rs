@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::{BUSYBOX, Containerd, NAMESPACE, PAUSE};
+use super::{BUSYBOX, Containerd, PAUSE};
 use crate::image::{Image, Layer, pack};
 use crate::outcome;
 
@@ -17,7 +17,7 @@ impl Containerd {
     /// Returns the chain id of the image's layers.
     pub(super) fn import_busybox(&self) -> String {
         let busybox = busybox(json!({"Cmd": ["sh"], "Env": ["PATH=/bin"]}));
-        self.import(&busybox, BUSYBOX, &[NAMESPACE, CRI_NAMESPACE]);
+        self.import(&busybox, BUSYBOX, &[&self.namespace(), CRI_NAMESPACE]);
         let pause = self::busybox(json!({"Entrypoint": ["/bin/sleep", "1000000"]}));
         self.import(&pause, PAUSE, &[CRI_NAMESPACE]);
         // OCI image-spec, config.md: the chain id of one layer is its diff id.
@@ -54,7 +54,7 @@ impl Containerd {
         let tag = name.rsplit_once(':').expect("a tag").1;
         index["manifests"][0]["annotations"] = json!({"org.opencontainers.image.ref.name": tag});
         fs::write(named.join("index.json"), index.to_string()).expect("index");
-        self.import_layout(&named, name, NAMESPACE);
+        self.import_layout(&named, name, &self.namespace());
         fs::remove_dir_all(named).expect("removed");
     }
 

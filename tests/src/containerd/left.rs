@@ -4,8 +4,8 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
+use super::Containerd;
 use super::room::{Room, program};
-use super::{Containerd, NAMESPACE};
 
 /// Longest time for what ends by itself after a container was deleted.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -22,7 +22,7 @@ pub(super) fn assert_idle(containerd: &Containerd, room: &Room) {
     assert!(containers.is_empty(), "containers left behind: {containers:?}");
     assert_nothing("processes", || processes(room));
     assert_nothing("mounts", || mounts(room));
-    assert_nothing("cgroups", cgroups);
+    assert_nothing("cgroups", || cgroups(room));
     assert_nothing("files", || files(room));
     assert_nothing("network devices", || network_devices(room));
 }
@@ -65,8 +65,11 @@ fn mounts(room: &Room) -> Vec<String> {
 }
 
 /// Cgroups of containers, which `ctr` and the CRI plugin put below the namespace's name.
-fn cgroups() -> Vec<String> {
-    entries(&Path::new("/sys/fs/cgroup").join(NAMESPACE)).into_iter().filter(|path| Path::new(path).is_dir()).collect()
+fn cgroups(room: &Room) -> Vec<String> {
+    entries(&Path::new("/sys/fs/cgroup").join(room.namespace()))
+        .into_iter()
+        .filter(|path| Path::new(path).is_dir())
+        .collect()
 }
 
 /// Bundles, sockets of shims, FIFOs, network namespaces.

@@ -79,6 +79,12 @@ impl Room {
         self.dir.path().join(name)
     }
 
+    /// A name that no other room has, and that is not the cgroup's of the room's own processes.
+    pub(super) fn namespace(&self) -> String {
+        let name = self.dir().file_name().expect("a name").to_string_lossy().into_owned();
+        name.replace("ctd-", "story-")
+    }
+
     /// A command in the room. The process id is the command's own.
     pub(super) fn command(&self, program: &str, arguments: &[&str]) -> Command {
         let mut command = Command::new("nsenter");
@@ -119,6 +125,8 @@ impl Drop for Room {
         // The end of its stdin ends the holder, and with it the namespaces.
         drop(self.holder.stdin.take());
         let _ = self.holder.wait();
+        // Made by the first container below it.
+        let _ = fs::remove_dir(Path::new("/sys/fs/cgroup").join(self.namespace()));
         if std::thread::panicking() {
             let _ = fs::remove_dir(&self.cgroup);
             return;

@@ -2,8 +2,6 @@
 
 use serde_json::{Value, json};
 
-use super::NAMESPACE;
-
 /// Docker's and containerd's default set.
 const CAPABILITIES: [&str; 14] = [
     "CAP_CHOWN",
@@ -32,7 +30,7 @@ pub fn process(args: &[&str]) -> Value {
     })
 }
 
-pub(super) fn container(id: &str, args: &[&str]) -> Value {
+pub(super) fn container(namespace: &str, id: &str, args: &[&str]) -> Value {
     let tmpfs = ["nosuid", "strictatime", "mode=755", "size=65536k"];
     json!({
         "ociVersion": "1.0.2",
@@ -50,7 +48,7 @@ pub(super) fn container(id: &str, args: &[&str]) -> Value {
             { "destination": "/run", "type": "tmpfs", "source": "tmpfs", "options": tmpfs }
         ],
         "linux": {
-            "cgroupsPath": format!("/{NAMESPACE}/{id}"),
+            "cgroupsPath": format!("/{namespace}/{id}"),
             "resources": { "devices": [{ "allow": false, "access": "rwm" }] },
             "namespaces": [
                 { "type": "pid" }, { "type": "ipc" }, { "type": "uts" }, { "type": "mount" }, { "type": "network" }
