@@ -63,6 +63,12 @@ impl Streams {
         Self { stdout: Some(PathBuf::from(uri)), stderr: Some(PathBuf::from(uri)), ..Self::none() }
     }
 
+    /// Reads standard error from now on, and drops it; ends with the value returned.
+    #[must_use]
+    pub fn stderr_reader(&self) -> Option<Receiver<String>> {
+        self.stderr.clone().map(read)
+    }
+
     pub(super) fn stdin(&self) -> String {
         text(self.stdin.as_ref())
     }
