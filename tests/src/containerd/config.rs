@@ -34,6 +34,7 @@ fn version_2(cni: &str, sandbox_key: Option<&str>) -> String {
     });
     format!(
         "[{plugin}]\nsandbox_image = \"{PAUSE}\"\ndisable_apparmor = true\n[{plugin}.cni]\n{cni}\n\
+         [{plugin}.containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n\
          [{plugin}.containerd.runtimes.vm]\nruntime_type = \"io.containerd.vm.v2\"\n{sandbox}"
     )
 }

@@ -58,22 +58,34 @@ pub(super) fn is_handler_name(name: &str) -> bool {
     !name.is_empty() && name.len() <= 63 && name.bytes().all(is_inner) && !name.starts_with('-') && !name.ends_with('-')
 }
 
-fn handler_table(format: Format, handler: &str) -> String {
-    let plugin = format.plugin();
-    let table = format!("[plugins.\"{plugin}\".containerd.runtimes.{handler}]");
-    format!("{table}\n  runtime_type = \"io.containerd.vm.v2\"\n  privileged_without_host_devices = true\n")
+/// The handler's table, and those of the handlers that containerd has by itself as long as none is named.
+fn handler_tables(format: Format, handler: &str, kept: &Table) -> Result<String> {
+    let mut ours = Table::new();
+    ours.insert("runtime_type".to_owned(), super::RUNTIME.into());
+    ours.insert("privileged_without_host_devices".to_owned(), true.into());
+    let mut tables = kept.clone();
+    tables.insert(handler.to_owned(), ours.into());
+    for name in ["runtimes", "containerd", format.plugin(), "plugins"] {
+        tables = Table::from_iter([(name.to_owned(), Value::Table(tables))]);
+    }
+    toml::to_string(&tables).context("a handler of containerd cannot be written as TOML")
+}
+
+/// The handlers that containerd has before any is added.
+pub(super) fn handlers_of(dumped: &Table, format: Format) -> Table {
+    handlers(&mut dumped.clone(), dumped_format(dumped, format)).map(|handlers| handlers.clone()).unwrap_or_default()
 }
 
 /// A drop-in with the handler.
-pub(super) fn drop_in(format: Format, handler: &str) -> String {
-    format!("{BEGIN}version = {}\n{}{END}", format.version(), handler_table(format, handler))
+pub(super) fn drop_in(format: Format, handler: &str, kept: &Table) -> Result<String> {
+    Ok(format!("{BEGIN}version = {}\n\n{}{END}", format.version(), handler_tables(format, handler, kept)?))
 }
 
 /// The main file with the handler at its end.
-pub(super) fn with_handler(text: &str, format: Format, handler: &str) -> String {
+pub(super) fn with_handler(text: &str, format: Format, handler: &str, kept: &Table) -> Result<String> {
     let version = if text.is_empty() { format!("version = {}\n", format.version()) } else { String::new() };
     let newline = if text.is_empty() || text.ends_with('\n') { "" } else { "\n" };
-    format!("{text}{newline}{BEGIN}{version}{}{END}", handler_table(format, handler))
+    Ok(format!("{text}{newline}{BEGIN}{version}{}{END}", handler_tables(format, handler, kept)?))
 }
 
 /// The main file importing files of this pattern; nothing when it imports others, for its list is not ours to change.
@@ -116,8 +128,7 @@ fn handlers<'a>(config: &'a mut Table, format: Format) -> Option<&'a mut Table> 
 
 /// Whether containerd has a handler of that name.
 pub(super) fn has_handler(dumped: &Table, format: Format, handler: &str) -> bool {
-    let plugins = dumped.get("plugins").and_then(|plugins| plugins.get(format.plugin()));
-    plugins.and_then(|plugin| plugin.get("containerd")?.get("runtimes")?.get(handler)).is_some()
+    handlers_of(dumped, format).contains_key(handler)
 }
 
 /// Whether two dumps differ in the handler, and in nothing else but what is imported.
