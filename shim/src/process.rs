@@ -134,6 +134,9 @@ impl Process {
     pub(crate) fn started(&self, pid: u32, events: &EventQueue) {
         let mut life = self.life();
         (life.phase, life.pid) = (Phase::Running, pid);
+        if let Some(copying) = self.copying().as_mut() {
+            copying.begin_input();
+        }
         let (container_id, exec_id) = (self.id.container_id.clone(), self.id.exec_id.clone());
         if exec_id.is_empty() {
             events.push(&TaskStart { container_id, pid, ..Default::default() });

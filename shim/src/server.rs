@@ -22,6 +22,7 @@ use crate::pod::Pod;
 use crate::record::Record;
 use crate::sandbox_service::SandboxService;
 use crate::service;
+use crate::stdio::NONBLOCK;
 
 /// Time for the last events and answers, before the process ends.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(2);
@@ -83,7 +84,7 @@ async fn answer(arguments: &Arguments, bundle: &Path, config: Config, listener: 
 /// Logs to the FIFO that containerd reads. We open it for both directions: it waits for nobody, and breaks with nobody. What
 /// finds it full is dropped.
 fn log_to(bundle: &Path, arguments: &Arguments, config: &Config) -> Result<()> {
-    let fifo = OpenOptions::new().read(true).write(true).custom_flags(libc_nonblock()).open(bundle.join("log"));
+    let fifo = OpenOptions::new().read(true).write(true).custom_flags(NONBLOCK).open(bundle.join("log"));
     let log = match fifo {
         Ok(fifo) => fifo,
         Err(error) if error.kind() == io::ErrorKind::NotFound => OpenOptions::new().write(true).open("/dev/null")?,
@@ -99,10 +100,6 @@ fn log_to(bundle: &Path, arguments: &Arguments, config: &Config) -> Result<()> {
         .log_internal_errors(false)
         .init();
     Ok(())
-}
-
-fn libc_nonblock() -> i32 {
-    i32::try_from(rustix::fs::OFlags::NONBLOCK.bits()).unwrap_or_default()
 }
 
 /// A log that a full FIFO does not stop.

@@ -3,9 +3,10 @@
 //! A FIFO is opened for both directions, so that opening waits for nobody and a reader that goes away breaks nothing; one
 //! that stalls stalls its process and nothing else. Standard input stays open until containerd closes it.
 
+use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::AsFd as _;
-use std::os::unix::fs::FileTypeExt as _;
+use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -24,9 +25,11 @@ use crate::logger::Logger;
 /// Size of one read, in bytes.
 const CHUNK: usize = 32 << 10;
 /// Time without a byte after which a reader counts as gone.
-const STALL_DEADLINE: Duration = Duration::from_millis(1200);
+const STALL_DEADLINE: Duration = Duration::from_millis(800);
 /// Longest wait for a reader that does read.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
+/// For opening; the bit is that of open(2).
+pub(crate) const NONBLOCK: i32 = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
 /// Between two looks at how full a FIFO is: no event tells that one was emptied.
 const DRAIN_INTERVAL: Duration = Duration::from_millis(5);
 
@@ -51,10 +54,7 @@ impl Stdio {
 
     /// Opens everything, before there is a process that could write.
     pub(crate) async fn open(&self, namespace: &str, id: &ProcessId) -> Result<Ends, TaskError> {
-        let mut ends = Ends::default();
-        if !self.stdin.is_empty() {
-            ends.stdin = Some(Input::open(&self.stdin).await.map_err(opening(&self.stdin))?);
-        }
+        let mut ends = Ends { stdin: self.stdin.clone(), ..Ends::default() };
         let Some(logger) = Logger::parse(&self.stdout)? else {
             ends.stdout = Sink::open(&self.stdout).await?;
             if !self.terminal {
@@ -76,7 +76,8 @@ fn opening(path: &str) -> impl FnOnce(io::Error) -> TaskError {
 /// Our ends of the streams.
 #[derive(Default)]
 pub(crate) struct Ends {
-    stdin: Option<Input>,
+    /// Opened when the process starts: a client that sees its input taken before it knows the task would not tell its end.
+    stdin: String,
     stdout: Option<Sink>,
     stderr: Option<Sink>,
 }
@@ -84,7 +85,7 @@ pub(crate) struct Ends {
 struct Input {
     source: Source,
     /// Keeps the FIFO from ending when its writer goes away, until it is closed on purpose.
-    keeper: Option<pipe::Sender>,
+    keeper: Option<std::fs::File>,
 }
 
 enum Source {
@@ -93,13 +94,16 @@ enum Source {
 }
 
 impl Input {
-    async fn open(path: &str) -> io::Result<Self> {
-        if !is_fifo(path).await {
-            return Ok(Self { source: Source::File(File::open(path).await?), keeper: None });
+    fn open(path: &str) -> io::Result<Self> {
+        if !std::fs::metadata(path)?.file_type().is_fifo() {
+            return Ok(Self { source: Source::File(std::fs::File::open(path)?.into()), keeper: None });
         }
-        // The reading end first: a writing end that does not wait needs one.
-        let source = pipe::OpenOptions::new().open_receiver(path)?;
-        let keeper = pipe::OpenOptions::new().open_sender(path)?;
+        // The reading end first: a writing end that does not wait needs one. And the runtime hears of it last: a FIFO that
+        // had no writer for a moment counts as closed with it for ever, and it would ask again and again.
+        let open = |options: &mut OpenOptions| options.custom_flags(NONBLOCK).open(path);
+        let reader = open(OpenOptions::new().read(true))?;
+        let keeper = open(OpenOptions::new().write(true))?;
+        let source = pipe::Receiver::from_owned_fd(reader.into())?;
         Ok(Self { source: Source::Fifo(source), keeper: Some(keeper) })
     }
 }
@@ -163,11 +167,14 @@ async fn is_fifo(path: &str) -> bool {
 impl Ends {
     /// Begins to copy; a stream without an end is read and dropped.
     pub(crate) fn copy(self, streams: ProcessStreams) -> Copying {
-        let mut copying = Copying { stdin: None, keeper: None, outputs: Vec::new(), progress: Arc::default() };
-        if let (Some(input), Some(stream)) = (self.stdin, streams.stdin) {
-            copying.keeper = input.keeper;
-            copying.stdin = Some(tokio::spawn(copy_input(input.source, stream)));
-        }
+        let mut copying = Copying {
+            waiting_input: streams.stdin.map(|stream| (self.stdin, stream)),
+            stdin_closed: false,
+            stdin: None,
+            keeper: None,
+            outputs: Vec::new(),
+            progress: Arc::default(),
+        };
         for (stream, sink) in [(streams.stdout, self.stdout), (streams.stderr, self.stderr)] {
             if let Some(stream) = stream {
                 copying.outputs.push(tokio::spawn(copy_output(stream, sink, copying.progress.clone())));
@@ -179,16 +186,33 @@ impl Ends {
 
 /// The copies of one process's streams. Dropping it ends them.
 pub(crate) struct Copying {
+    /// The name of the input and the guest's stream, until the process is started.
+    waiting_input: Option<(String, UnixStream)>,
+    stdin_closed: bool,
     stdin: Option<JoinHandle<()>>,
-    keeper: Option<pipe::Sender>,
+    keeper: Option<std::fs::File>,
     outputs: Vec<JoinHandle<()>>,
     /// Changes with each byte that somebody took.
     progress: Arc<AtomicU64>,
 }
 
 impl Copying {
+    /// Begins to pass standard input on.
+    pub(crate) fn begin_input(&mut self) {
+        let Some((name, stream)) = self.waiting_input.take() else { return };
+        match Input::open(&name) {
+            Ok(input) => {
+                self.keeper = input.keeper.filter(|_| !self.stdin_closed);
+                self.stdin = Some(tokio::spawn(copy_input(input.source, stream)));
+            }
+            // The process finds its input at its end.
+            Err(error) => tracing::warn!(%error, name, "standard input cannot be opened"),
+        }
+    }
+
     /// Lets standard input end when its last writer has gone.
     pub(crate) fn close_stdin(&mut self) {
+        self.stdin_closed = true;
         self.keeper = None;
     }
 

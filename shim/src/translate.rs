@@ -212,7 +212,7 @@ mod tests {
         });
         let container = create(member).expect("translated");
         assert_eq!(container.role, Role::Member);
-        assert_eq!(namespaces(&container), ["pid", "mount"]);
+        assert_eq!(namespaces(&container), ["pid", "mnt"]);
         assert_eq!(container.spec.hostname(), &None);
         let process = container.spec.process().clone().expect("a process");
         assert_eq!((process.selinux_label(), process.apparmor_profile()), (&None, &None));

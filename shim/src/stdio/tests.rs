@@ -15,13 +15,21 @@ fn fifo(dir: &Path, name: &str) -> String {
     path.display().to_string()
 }
 
+/// What this process has used.
+fn cpu_time() -> Duration {
+    let clock = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::try_from(clock).expect("a positive time")
+}
+
 /// Starts to copy; returns the guest's ends of input and output.
 async fn copy(stdio: &Stdio) -> (Copying, UnixStream, UnixStream) {
     let ends = stdio.open("default", &ProcessId::init("box")).await.expect("opened");
     let (stdin, guest_stdin) = UnixStream::pair().expect("a pair");
     let (stdout, guest_stdout) = UnixStream::pair().expect("a pair");
     let streams = ProcessStreams { stdin: Some(stdin), stdout: Some(stdout), stderr: None };
-    (ends.copy(streams), guest_stdin, guest_stdout)
+    let mut copying = ends.copy(streams);
+    copying.begin_input();
+    (copying, guest_stdin, guest_stdout)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
@@ -62,6 +70,9 @@ async fn input_ends_when_it_is_closed_and_not_when_its_writer_goes() {
         guest.read_exact(&mut read).await.expect("read");
         assert_eq!(&read, word.as_bytes());
     }
+    let cpu = cpu_time();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(cpu_time() - cpu < Duration::from_millis(100), "a FIFO without a writer is not asked again and again");
     copying.close_stdin();
     let mut rest = Vec::new();
     guest.read_to_end(&mut rest).await.expect("the end");
