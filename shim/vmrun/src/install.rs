@@ -141,17 +141,15 @@ fn configure<'a>(containerd: &Containerd<'a>, format: Format, handler: &str, bef
     let text = main.clone().unwrap_or_default();
     let drop_in = config.with_file_name(DROP_IN);
     let importing = edit::with_import(&text, format, &drop_in.with_file_name("*.toml"))?;
-    // containerd 1.x has runc by itself only as long as no handler is named.
+    // containerd 1.x has runc by itself only as long as no handler is named. Its copy comes last: it would hide later changes.
     let defaults = edit::handlers_of(before, format);
     let mut ways = Vec::new();
     for kept in [&toml::Table::new(), &defaults] {
-        ways.push((edit::with_handler(&text, format, handler, kept)?, None));
         if let Some(importing) = &importing {
             ways.push((importing.clone(), Some((drop_in.clone(), edit::drop_in(format, handler, kept)?))));
         }
+        ways.push((edit::with_handler(&text, format, handler, kept)?, None));
     }
-    // Drop-ins first.
-    ways.sort_by_key(|(_, drop_in)| drop_in.is_none());
     let mut refusal = anyhow::anyhow!("containerd's configuration has no place for a handler");
     for (main_text, drop_in) in ways {
         let undo = Undo { config, main: main.clone(), drop_in: drop_in.as_ref().map(|(path, _)| path.clone()) };
