@@ -121,7 +121,7 @@ pub(super) fn without_ours(text: &str) -> String {
     kept + rest
 }
 
-fn handlers<'a>(config: &'a mut Table, format: Format) -> Option<&'a mut Table> {
+fn handlers(config: &mut Table, format: Format) -> Option<&mut Table> {
     let plugin = config.get_mut("plugins")?.get_mut(format.plugin())?;
     plugin.get_mut("containerd")?.get_mut("runtimes")?.as_table_mut()
 }
