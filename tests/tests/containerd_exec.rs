@@ -77,8 +77,8 @@ fn standard_input_ends_when_it_is_closed(containerd: &mut Containerd) {
     containerd.block_on(async {
         let streams = Streams::make(&dir, "one").with_stdin(&dir, "one");
         let mut cat = client.create_with("one", &["cat"], streams, |_| {}).await.expect("created");
-        let mut stdin = File::options().write(true).open(dir.join("one-stdin")).expect("the shim reads it");
         cat.start().await.expect("started");
+        let mut stdin = Streams::open_stdin(&dir.join("one-stdin"));
         stdin.write_all(b"typed\n").expect("written");
         cat.close_stdin().await.expect("closed");
         drop(stdin);

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
-use rustix::fs::{CWD, FileType, Mode, mknodat};
+use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat};
+
+use crate::eventually;
 
 /// Longest wait for the end of a stream.
 const DEADLINE: Duration = Duration::from_secs(120);
@@ -67,6 +69,22 @@ impl Streams {
     #[must_use]
     pub fn stderr_reader(&self) -> Option<Receiver<String>> {
         self.stderr.clone().map(read)
+    }
+
+    /// The writing end of standard input, once the process has its own.
+    ///
+    /// # Panics
+    /// When it does not open it.
+    #[must_use]
+    pub fn open_stdin(path: &Path) -> File {
+        let mut opened = None;
+        let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        eventually(DEADLINE, "standard input is read", || {
+            // ENXIO as long as nobody reads: fifo(7).
+            opened = rustix::fs::open(path, flags, Mode::empty()).ok();
+            opened.is_some()
+        });
+        opened.expect("opened").into()
     }
 
     pub(super) fn stdin(&self) -> String {
