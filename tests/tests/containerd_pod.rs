@@ -12,6 +12,7 @@ const CHECKS: &[Check] = checks![
     containers_of_a_pod_share_what_the_pod_says,
     volumes_are_those_of_kubernetes,
     out_of_memory_is_the_reason_that_the_status_gives,
+    ten_containers_of_a_pod_are_one_vm,
 ];
 
 /// The checks of a pod in sandbox mode, which containerd 1.6 does not have.
@@ -157,6 +158,30 @@ fn out_of_memory_is_the_reason_that_the_status_gives(containerd: &mut Containerd
         let ended = cri.until_exited(&hungry).await;
         assert_eq!((ended.exit_code, ended.reason.as_str()), (137, "OOMKilled"));
         assert_eq!(cri.pod_status(&pod).await.state, SANDBOX_READY, "the pod goes on");
+        cri.remove_pod(&pod).await.expect("removed");
+    });
+}
+
+fn ten_containers_of_a_pod_are_one_vm(containerd: &mut Containerd) {
+    containerd.block_on(async {
+        let mut cri = Cri::connect(containerd).await;
+        let config = cri.pod_config("story-pod");
+        let pod = cri.run_pod(config, handler()).await.expect("a pod");
+        let mut running = Vec::new();
+        for number in 0..9 {
+            running.push(cri.start(&pod, container(&format!("number-{number}"), WAIT)).await.expect("started"));
+        }
+        for attempt in 0..3 {
+            let mut looping = container("looping", "exit 1");
+            looping.metadata.as_mut().expect("metadata").attempt = attempt;
+            let looping = cri.start(&pod, looping).await.expect("started");
+            assert_eq!(cri.until_exited(&looping).await.exit_code, 1);
+            cri.remove(&looping).await.expect("removed");
+        }
+        for container in &running {
+            assert_eq!(cri.status(container).await.state, CONTAINER_RUNNING);
+        }
+        assert_eq!(containerd.processes("vmm").len(), 1);
         cri.remove_pod(&pod).await.expect("removed");
     });
 }

@@ -7,6 +7,7 @@ use tests::containerd::{Check, Containerd, Events, Release, tell};
 
 const CHECKS: &[Check] = checks![
     ctr_runs_a_container_and_exits_as_it_does,
+    the_native_snapshotter_has_a_root_file_system_too,
     output_and_exit_status_come_to_the_client,
     events_of_a_process_that_exits_at_once_are_in_order,
     a_signal_ends_a_container_with_128_and_its_number,
@@ -35,6 +36,11 @@ const SLEEP: [&str; 2] = ["sleep", "1000"];
 fn ctr_runs_a_container_and_exits_as_it_does(containerd: &mut Containerd) {
     let ran = containerd.run("one", &[], &["sh", "-c", "echo out; echo err >&2; exit 7"]);
     assert_eq!((ran.code, ran.stdout.as_str(), ran.stderr.as_str()), (7, "out\n", "err\n"), "{ran:?}");
+}
+
+fn the_native_snapshotter_has_a_root_file_system_too(containerd: &mut Containerd) {
+    let ran = containerd.run("one", &["--snapshotter", "native"], &["sh", "-c", "echo kept >/note; cat /note"]);
+    assert_eq!(ran.success(), "kept\n", "{ran:?}");
 }
 
 fn output_and_exit_status_come_to_the_client(containerd: &mut Containerd) {

@@ -14,15 +14,17 @@ pub(super) const NETWORK: &str = r#"{"cniVersion": "0.4.0", "name": "story", "pl
 pub(super) fn containerd(release: Release, dir: &Path) -> String {
     let dir = dir.display();
     let plugins = cni_plugins();
-    let cni = format!("bin_dir = \"{}\"\nconf_dir = \"{dir}/net.d\"", plugins.display());
+    let plugins = plugins.display();
+    let cni = |plugins: String| format!("{plugins}\nconf_dir = \"{dir}/net.d\"");
+    let bin_dir = cni(format!("bin_dir = \"{plugins}\""));
     let first = format!(
         "root = \"{dir}/root\"\nstate = \"{dir}/run\"\nimports = [\"/etc/containerd/conf.d/*.toml\"]\n\
          [grpc]\naddress = \"{dir}/run/containerd.sock\"\n[debug]\nlevel = \"debug\"\n"
     );
     match release {
-        Release::Bookworm => format!("version = 2\n{first}{}", version_2(&cni, None)),
-        Release::Trixie => format!("version = 2\n{first}{}", version_2(&cni, Some("sandbox_mode"))),
-        Release::Sid => format!("version = 3\n{first}{}", version_3(&cni)),
+        Release::Bookworm => format!("version = 2\n{first}{}", version_2(&bin_dir, None)),
+        Release::Trixie => format!("version = 2\n{first}{}", version_2(&bin_dir, Some("sandbox_mode"))),
+        Release::Sid => format!("version = 3\n{first}{}", version_3(&cni(format!("bin_dirs = [\"{plugins}\"]")))),
     }
 }
 

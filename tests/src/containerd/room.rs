@@ -56,7 +56,7 @@ impl Room {
         fs::write(dir.path().join("etc-vmrun/config.toml"), VMRUN_CONFIG).expect("configuration");
         let vmrun = PathBuf::from(std::env::var_os("VMRUN").expect("VMRUN names the program: use `make test`"));
         symlink(vmrun.with_file_name(SHIM), dir.path().join("bin").join(SHIM)).expect("a link");
-        let cgroup = Path::new("/sys/fs/cgroup").join(dir.path().file_name().expect("a name"));
+        let cgroup = own_cgroup().join(dir.path().file_name().expect("a name"));
         fs::create_dir(&cgroup).expect("cgroup v2 is mounted: run the stories with tests/on-kvm");
         let mut holder = Command::new("unshare")
             .args(["--mount", "--net", "--propagation", "private", "sh", "-c", HOLD])
@@ -133,6 +133,14 @@ impl Drop for Room {
         }
         eventually(Duration::from_secs(10), "the cgroup of the room is empty", || fs::remove_dir(&self.cgroup).is_ok());
     }
+}
+
+/// This process's cgroup, so that whoever kills the story by its cgroup kills the room.
+fn own_cgroup() -> PathBuf {
+    let listed = fs::read_to_string("/proc/self/cgroup").expect("cgroups");
+    // `0::/path` is the one of cgroup v2 (cgroups(7)).
+    let path = listed.lines().find_map(|line| line.strip_prefix("0::/")).expect("cgroup v2");
+    Path::new("/sys/fs/cgroup").join(path)
 }
 
 /// The name of a process's program, or nothing when it has ended.

@@ -45,13 +45,15 @@ pub(super) fn container(namespace: &str, id: &str, args: &[&str]) -> Value {
             { "destination": "/dev/shm", "type": "tmpfs", "source": "shm",
               "options": ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"] },
             { "destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"] },
+            { "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["nosuid", "noexec", "nodev", "ro"] },
             { "destination": "/run", "type": "tmpfs", "source": "tmpfs", "options": tmpfs }
         ],
         "linux": {
             "cgroupsPath": format!("/{namespace}/{id}"),
             "resources": { "devices": [{ "allow": false, "access": "rwm" }] },
             "namespaces": [
-                { "type": "pid" }, { "type": "ipc" }, { "type": "uts" }, { "type": "mount" }, { "type": "network" }
+                { "type": "pid" }, { "type": "ipc" }, { "type": "uts" }, { "type": "mount" }, { "type": "network" },
+                { "type": "cgroup" }
             ],
             "maskedPaths": ["/proc/kcore"],
             "readonlyPaths": ["/proc/sys"]
