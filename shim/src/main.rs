@@ -5,6 +5,7 @@
 
 mod arguments;
 mod bootstrap;
+mod cgroup;
 mod config;
 mod container;
 mod cri;

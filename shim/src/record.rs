@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
@@ -17,6 +17,8 @@ pub(crate) struct Record {
     pub(crate) server: Identity,
     /// The VMM; nothing before the VM has booted. Until then it ends with the server.
     pub(crate) vmm: Option<Identity>,
+    /// The pod's cgroup, if it has one.
+    pub(crate) cgroup: Option<PathBuf>,
 }
 
 /// One process, for ever.
@@ -31,7 +33,11 @@ pub(crate) struct Identity {
 impl Record {
     /// Of this process and, if it has one, its VMM.
     pub(crate) fn of(vmm_pid: Option<u32>) -> io::Result<Self> {
-        Ok(Self { server: Identity::of(std::process::id())?, vmm: vmm_pid.map(Identity::of).transpose()? })
+        Ok(Self {
+            server: Identity::of(std::process::id())?,
+            vmm: vmm_pid.map(Identity::of).transpose()?,
+            cgroup: None,
+        })
     }
 
     /// Writes it so that a reader finds all of it or nothing.

@@ -1,5 +1,6 @@
 //! containerd's Sandbox service: the pod as a whole, when containerd is configured with `sandboxer = "shim"`.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -129,7 +130,17 @@ fn sandbox_config(request: &CreateSandboxRequest) -> std::result::Result<Sandbox
         annotations,
         limits,
         netns_path: request.netns_path.clone(),
+        cgroups_path: cgroups_path(&config.linux.cgroup_parent, &request.sandbox_id),
     })
+}
+
+/// A cgroup below the pod's, in the form of the parent's: systemd's or the kernel's.
+fn cgroups_path(parent: &str, id: &str) -> Option<PathBuf> {
+    match parent.rsplit('/').next() {
+        None | Some("") => None,
+        Some(slice) if slice.ends_with(".slice") => Some(format!("{slice}:vmrun:{id}").into()),
+        Some(_) => Some(Path::new(parent).join(id)),
+    }
 }
 
 /// resolv.conf(5); nothing when the pod asks for nothing.

@@ -26,6 +26,8 @@ pub(crate) struct CreateContainer {
     /// What its root is mounted from; nothing when `bundle` has it already.
     pub(crate) rootfs: Vec<HostMount>,
     pub(crate) spec: Spec,
+    /// A network namespace was made for it, as CNI does for a pod.
+    pub(crate) has_netns: bool,
 }
 
 impl CreateContainer {
@@ -56,8 +58,14 @@ pub(crate) fn create_container(request: &CreateTaskRequest, spec: Spec) -> Resul
             terminal: request.terminal,
         },
         rootfs: request.rootfs.iter().map(host_mount).collect(),
+        has_netns: has_netns(&spec),
         spec: guest_spec(spec, request.terminal, role),
     })
+}
+
+fn has_netns(spec: &Spec) -> bool {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().clone()).unwrap_or_default();
+    namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Network && namespace.path().is_some())
 }
 
 fn host_mount(mount: &Mount) -> HostMount {

@@ -18,7 +18,7 @@ use crate::container::Container;
 use crate::cri::{self, Limits, Role};
 use crate::error::TaskError;
 use crate::translate::CreateContainer;
-use crate::vm::{Share, Vm};
+use crate::vm::{Place, Share, Vm};
 
 /// A container's spec with guest paths, and the trees that it needs.
 struct Trees {
@@ -98,7 +98,11 @@ impl Pod {
         self.settings().sysctls = linux.sysctl().clone().unwrap_or_default();
         let hostname = request.spec.hostname().clone().unwrap_or_else(|| request.id.clone());
         let size = cri::size(&self.config, Limits::of_pod(&annotations), &annotations)?;
-        Ok(self.boot(&hostname, size, Vec::new()).await?.pid())
+        if request.has_netns {
+            tracing::warn!(pod = request.id, "the pod's network is loopback only: CNI's interface is not in its VM");
+        }
+        let cgroups_path = linux.cgroups_path().clone();
+        Ok(self.boot(&hostname, size, Vec::new(), cgroups_path).await?.pid())
     }
 
     /// Boots the pod's VM and listens to it.
@@ -107,8 +111,10 @@ impl Pod {
         hostname: &str,
         size: plan::VmSize,
         shares: Vec<Share>,
+        cgroups_path: Option<PathBuf>,
     ) -> Result<Arc<Vm>, TaskError> {
-        let vm = Arc::new(Vm::boot(&self.config, hostname, size, shares, &self.bundle).await?);
+        let place = Place { bundle: &self.bundle, cgroups_path: cgroups_path.as_deref() };
+        let vm = Arc::new(Vm::boot(&self.config, hostname, size, shares, place).await?);
         if self.vm.set(vm.clone()).is_err() {
             vm.stop().await;
             return Err(TaskError::Exists { what: "VM of", id: self.id.clone() });
@@ -132,7 +138,8 @@ impl Pod {
             None => {
                 let annotations = request.annotations();
                 let size = cri::size(&self.config, Limits::of_container(&spec), &annotations)?;
-                self.boot(&request.id, size, shares).await?
+                let cgroups_path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone());
+                self.boot(&request.id, size, shares, cgroups_path).await?
             }
         };
         let wanted = request.stdio.wanted(container.init.size());

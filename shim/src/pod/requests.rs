@@ -73,7 +73,9 @@ impl Pod {
     /// the guest's.
     pub(crate) async fn pids(&self, id: &str) -> Result<Vec<ProcessInfo>, TaskError> {
         let container = self.container(id)?;
-        if container.role == Role::Pause {
+        if container.role == Role::Pause || container.init.phase() == Phase::Exited {
+            // Of a task that has ended too: a containerd that was restarted takes a task without processes for one that
+            // was never made, and removes it before anybody has asked how it ended.
             return Ok(vec![ProcessInfo { pid: container.init.pid(), ..Default::default() }]);
         }
         let vm = self.vm()?;

@@ -22,6 +22,8 @@ pub(crate) struct SandboxConfig {
     pub(crate) limits: Limits,
     /// The network namespace that CNI has set up.
     pub(crate) netns_path: String,
+    /// Its cgroup, as specs name it.
+    pub(crate) cgroups_path: Option<PathBuf>,
 }
 
 impl Pod {
@@ -55,7 +57,7 @@ impl Pod {
         }
         let size = cri::size(&self.config, config.limits, &config.annotations)?;
         let hostname = if config.hostname.is_empty() { &self.id } else { &config.hostname };
-        self.boot(hostname, size, Vec::new()).await
+        self.boot(hostname, size, Vec::new(), config.cgroups_path.clone()).await
     }
 
     /// Ends everything in it.

@@ -93,7 +93,10 @@ impl Pod {
     /// Everything has ended with the VM.
     fn settle_all(&self, vm: &Vm, exit: &VmExit) {
         let asked = vm.end_asked();
-        let code = if asked { EXIT_KILLED } else { EXIT_LOST };
+        // As the shell has it: a process that somebody killed has 137, be it a VMM.
+        let killed = asked || exit.reason == ExitReason::Signal { signal: 9 };
+        let code = if killed { EXIT_KILLED } else { EXIT_LOST };
+        vm.clean_up();
         let reason = match (&exit.reason, asked) {
             (_, true) | (ExitReason::Requested, _) => "it was stopped".to_owned(),
             (reason, false) => {
