@@ -9,7 +9,7 @@ use tests::containerd::{Check, Client, Containerd, Process, Release, Streams, te
 use tests::{checks, eventually};
 
 const CHECKS: &[Check] = checks![
-    a_killed_vmm_ends_the_container_with_an_unknown_status,
+    a_killed_vmm_ends_the_container_with_137,
     a_killed_shim_leaves_nothing,
     a_container_outlives_containerd,
     a_container_that_ends_while_containerd_is_away_is_told_once,
@@ -35,9 +35,6 @@ fn sid() {
 
 const SLEEP: [&str; 2] = ["sleep", "1000"];
 
-/// The exit status of a process whose own nobody knows, as containerd says it.
-const UNKNOWN: u32 = 255;
-
 /// Time in which the truth is known, on a host that is emulated and busy.
 const CONVERGED: Duration = Duration::from_secs(20);
 
@@ -54,15 +51,15 @@ fn signal(containerd: &Containerd, program: &str, signal: Signal) {
     kill_process(pid, signal).expect("it runs");
 }
 
-fn a_killed_vmm_ends_the_container_with_an_unknown_status(containerd: &mut Containerd) {
+fn a_killed_vmm_ends_the_container_with_137(containerd: &mut Containerd) {
     let client = containerd.client();
     containerd.block_on(async {
         let task = started(&client).await;
         signal(containerd, "vmm", Signal::KILL);
         let killed = Instant::now();
-        assert_eq!(task.wait().await.expect("waited"), UNKNOWN);
+        assert_eq!(task.wait().await.expect("waited"), 137);
         assert!(killed.elapsed() < CONVERGED, "{:?}", killed.elapsed());
-        assert_eq!(task.remove().await.expect("removed"), UNKNOWN);
+        assert_eq!(task.remove().await.expect("removed"), 137);
     });
 }
 

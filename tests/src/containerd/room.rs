@@ -96,10 +96,28 @@ impl Room {
         command
     }
 
-    /// The processes in the room's cgroup: containerd, shims, VMMs, `ctr`.
+    /// The processes in the room's cgroup and in those of its containers: containerd, shims, VMMs, `ctr`.
     pub(super) fn processes(&self) -> Vec<u32> {
-        let listed = fs::read_to_string(self.cgroup.join("cgroup.procs")).expect("the cgroup");
-        listed.lines().map(|pid| pid.parse().expect("a process id")).collect()
+        let listed =
+            self.cgroups().into_iter().filter_map(|cgroup| fs::read_to_string(cgroup.join("cgroup.procs")).ok());
+        listed.flat_map(|text| text.lines().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>()).collect()
+    }
+
+    /// The cgroup in which containerd makes those of containers, which may not be there.
+    fn containers_cgroup(&self) -> PathBuf {
+        Path::new("/sys/fs/cgroup").join(self.namespace())
+    }
+
+    fn cgroups(&self) -> Vec<PathBuf> {
+        let mut found = vec![self.cgroup.clone(), self.containers_cgroup()];
+        let mut next = 0;
+        while let Some(cgroup) = found.get(next) {
+            let below = fs::read_dir(cgroup).into_iter().flatten().flatten().map(|entry| entry.path());
+            let below: Vec<_> = below.filter(|path| path.is_dir()).collect();
+            found.extend(below);
+            next += 1;
+        }
+        found
     }
 
     /// The mounts in the room.
@@ -116,7 +134,10 @@ impl Room {
 
     /// Kills every process of the room.
     pub(super) fn kill_all(&self) {
-        fs::write(self.cgroup.join("cgroup.kill"), "1").expect("killed");
+        for cgroup in [&self.cgroup, &self.containers_cgroup()] {
+            // No container may have been made.
+            let _ = fs::write(cgroup.join("cgroup.kill"), "1");
+        }
     }
 }
 
@@ -126,7 +147,7 @@ impl Drop for Room {
         drop(self.holder.stdin.take());
         let _ = self.holder.wait();
         // Made by the first container below it.
-        let _ = fs::remove_dir(Path::new("/sys/fs/cgroup").join(self.namespace()));
+        let _ = fs::remove_dir(self.containers_cgroup());
         if std::thread::panicking() {
             let _ = fs::remove_dir(&self.cgroup);
             return;
