@@ -14,7 +14,7 @@ use containerd_client::services::v1::{
     PauseTaskRequest, ResizePtyRequest, ResumeTaskRequest, StartRequest, UpdateTaskRequest, WaitRequest,
 };
 use containerd_client::tonic::transport::Channel;
-use containerd_client::tonic::{IntoRequest, Request, Response, Status};
+use containerd_client::tonic::{Code, IntoRequest, Request, Response, Status};
 use prost_types::Any;
 use serde_json::Value;
 
@@ -95,17 +95,8 @@ impl Client {
         }
     }
 
-    /// The snapshot and the container's record.
+    /// The container's record and the snapshot that it names; in this order, for a snapshot that nothing names may be collected.
     async fn prepare(&self, id: &str, spec: Value) -> Result<Vec<containerd_client::types::Mount>, Status> {
-        let snapshot = PrepareSnapshotRequest {
-            snapshotter: "overlayfs".to_owned(),
-            key: id.to_owned(),
-            parent: self.chain.clone(),
-            ..Default::default()
-        };
-        let mounts = call(&self.namespace, snapshot, |request| async { self.inner.snapshots().prepare(request).await })
-            .await?
-            .mounts;
         let container = Container {
             id: id.to_owned(),
             image: BUSYBOX.to_owned(),
@@ -117,7 +108,17 @@ impl Client {
         };
         let request = CreateContainerRequest { container: Some(container) };
         call(&self.namespace, request, |request| async { self.inner.containers().create(request).await }).await?;
-        Ok(mounts)
+        let snapshot = PrepareSnapshotRequest {
+            snapshotter: "overlayfs".to_owned(),
+            key: id.to_owned(),
+            parent: self.chain.clone(),
+            ..Default::default()
+        };
+        let prepared =
+            call(&self.namespace, snapshot, |request| async { self.inner.snapshots().prepare(request).await })
+                .await?
+                .mounts;
+        Ok(prepared)
     }
 
     /// Removes the container's record and its snapshot, which has no task.
@@ -128,7 +129,11 @@ impl Client {
         let request = DeleteContainerRequest { id: id.to_owned() };
         call(&self.namespace, request, |request| async { self.inner.containers().delete(request).await }).await?;
         let request = RemoveSnapshotRequest { snapshotter: "overlayfs".to_owned(), key: id.to_owned() };
-        call(&self.namespace, request, |request| async { self.inner.snapshots().remove(request).await }).await
+        match call(&self.namespace, request, |request| async { self.inner.snapshots().remove(request).await }).await {
+            // What no container names may be collected at any time.
+            Err(status) if status.code() == Code::NotFound => Ok(()),
+            removed => removed,
+        }
     }
 
     /// The tasks that containerd knows.
