@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use sandbox::ProcessId;
 use sandbox::plan::{ShareTags, Volume};
+use tokio::sync::watch;
 
 use crate::cri::Role;
 use crate::error::TaskError;
@@ -20,6 +21,9 @@ pub(crate) struct Container {
     pub(crate) role: Role,
     pub(crate) init: Arc<Process>,
     pub(crate) tags: ShareTags,
+    /// Whoever asked for it does not want it any more, while it is being created; then whether it is gone.
+    abandoned: watch::Sender<bool>,
+    gone: watch::Sender<bool>,
     execs: Mutex<BTreeMap<String, Arc<Process>>>,
     paused: AtomicBool,
     /// Volumes that it uses, of its own share or of another container's.
@@ -35,6 +39,8 @@ impl Container {
             role,
             init: Arc::new(Process::new(ProcessId::init(id), stdio, None)),
             tags,
+            abandoned: watch::Sender::new(false),
+            gone: watch::Sender::new(false),
             execs: Mutex::default(),
             paused: AtomicBool::new(false),
             volumes: Mutex::default(),
@@ -48,6 +54,24 @@ impl Container {
         }
         let found = self.execs().get(exec_id).cloned();
         found.ok_or_else(|| TaskError::NotFound { what: "exec", id: exec_id.to_owned() })
+    }
+
+    /// Gives up its creation and waits until nothing of it is left.
+    pub(crate) async fn abandon(&self) {
+        let mut gone = self.gone.subscribe();
+        self.abandoned.send_replace(true);
+        // The sender is ours.
+        let _ = gone.wait_for(|gone| *gone).await;
+    }
+
+    /// Waits until its creation is given up.
+    pub(crate) async fn abandoned(&self) {
+        let _ = self.abandoned.subscribe().wait_for(|abandoned| *abandoned).await;
+    }
+
+    /// Nothing of it is left.
+    pub(crate) fn set_gone(&self) {
+        self.gone.send_replace(true);
     }
 
     /// Every exec that is not deleted.

@@ -15,6 +15,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use ::sandbox::plan::Volume;
 use tokio::sync::{Notify, watch as channel};
@@ -31,6 +32,8 @@ pub(crate) use sandbox::SandboxConfig;
 const EXIT_LOST: u32 = 255;
 /// Exit status of a process that SIGKILL ended.
 const EXIT_KILLED: u32 = 128 + 9;
+/// Time that the agent has for its part of a deletion.
+const DELETE_DEADLINE: Duration = Duration::from_secs(1);
 /// Process ids of execs begin above every one that Linux gives (`PID_MAX_LIMIT`), so that they are no process of the host.
 const FIRST_EXEC_PID: u32 = 1 << 22;
 
@@ -158,3 +161,6 @@ impl Pod {
         self.settings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests;

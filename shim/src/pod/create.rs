@@ -13,7 +13,7 @@ use sandbox::plan::{self, ShareTags, Volume};
 use sandbox::share::{self, Rootfs};
 use sandbox::{BootError, CachePolicy};
 
-use super::{GuestVolume, Pod};
+use super::{DELETE_DEADLINE, GuestVolume, Pod};
 use crate::container::Container;
 use crate::cri::{self, Limits, Role};
 use crate::error::TaskError;
@@ -34,9 +34,16 @@ impl Pod {
         rootfs: Vec<Mount>,
     ) -> Result<u32, TaskError> {
         let container = self.reserve(&request)?;
-        let made = match request.role {
-            Role::Pause => self.make_pause(&request).await,
-            Role::Alone | Role::Member => self.make(&container, &request).await,
+        let making = async {
+            match request.role {
+                Role::Pause => self.make_pause(&request).await,
+                Role::Alone | Role::Member => self.make(&container, &request).await,
+            }
+        };
+        let made = tokio::select! {
+            made = making => made,
+            // A VM that boots ends with the boot.
+            () = container.abandoned() => Err(TaskError::Finished),
         };
         let pid = match made {
             Ok(pid) => pid,
@@ -66,7 +73,7 @@ impl Pod {
     }
 
     /// Takes the id.
-    fn reserve(&self, request: &CreateContainer) -> Result<Arc<Container>, TaskError> {
+    pub(super) fn reserve(&self, request: &CreateContainer) -> Result<Arc<Container>, TaskError> {
         let number = self.next_share.fetch_add(1, Ordering::Relaxed);
         let tags = ShareTags { rootfs: format!("r{number}"), volumes: format!("v{number}") };
         let (bundle, stdio) = (request.bundle.clone(), request.stdio.clone());
@@ -87,8 +94,16 @@ impl Pod {
         self.containers().remove(&container.id);
         match container.role {
             Role::Alone | Role::Pause => self.stop_vm().await,
-            Role::Member => self.release_shares(container).await,
+            Role::Member => {
+                if let Ok(vm) = self.vm() {
+                    // What was not made is not there.
+                    let forgotten = vm.sandbox.delete(&container.init.id, true);
+                    let _ = tokio::time::timeout(DELETE_DEADLINE, forgotten).await;
+                }
+                self.release_shares(container).await;
+            }
         }
+        container.set_gone();
     }
 
     /// The container that stands for the pod is the VM itself.

@@ -8,7 +8,7 @@ use oci_spec::runtime::Process as ProcessSpec;
 use sandbox::plan::Volume;
 use sandbox::{CallError, ProcessId};
 
-use super::{EXIT_KILLED, Pod};
+use super::{DELETE_DEADLINE, EXIT_KILLED, Pod};
 use crate::container::Container;
 use crate::cri::Role;
 use crate::error::TaskError;
@@ -21,8 +21,6 @@ const SIGINT: u32 = 2;
 const SIGTERM: u32 = 15;
 /// Time that the agent has to kill, before the VMM is killed.
 const KILL_DEADLINE: Duration = Duration::from_millis(1500);
-/// Time that the agent has for its part of a deletion.
-const DELETE_DEADLINE: Duration = Duration::from_secs(1);
 
 impl Pod {
     /// Starts a container's init or an exec; returns its process id.
@@ -86,6 +84,11 @@ impl Pod {
         let process = container.process(exec_id)?;
         match process.phase() {
             Phase::Exited => return Err(TaskError::Finished),
+            Phase::Creating if signal == SIGKILL => {
+                // Nobody waits for the boot of a VM to see the end of it.
+                let _ = tokio::time::timeout(KILL_DEADLINE, container.abandon()).await;
+                return Ok(());
+            }
             Phase::Created if !exec_id.is_empty() => {
                 process.settle(Exit::now(128 + signal), &self.events);
                 return Ok(());
@@ -143,6 +146,11 @@ impl Pod {
         let process = container.process(exec_id)?;
         match process.phase() {
             Phase::Exited => {}
+            Phase::Creating if exec_id.is_empty() => {
+                // Whoever asked for it gave up.
+                let _ = tokio::time::timeout(KILL_DEADLINE, container.abandon()).await;
+                return Ok((0, Exit::now(EXIT_KILLED)));
+            }
             Phase::Created if exec_id.is_empty() => {
                 self.kill(id, "", SIGKILL, true).await?;
                 process.settle(Exit::now(EXIT_KILLED), &self.events);
