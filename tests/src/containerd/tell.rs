@@ -16,7 +16,7 @@ macro_rules! checks {
     ($($check:ident),+ $(,)?) => { &[$((stringify!($check), $check as fn(&mut $crate::containerd::Containerd))),+] };
 }
 
-/// Runs the checks with containerd of a release. Each one that fails is printed with the end of the log; the others go on with a new
+/// Runs the checks, or the one that `STORY_CHECK` names, with containerd of a release. Each one that fails is printed with the end of the log; the others go on with a new
 /// containerd. In the emulated KVM host a check has a second attempt (`kvm-host/README.md`, Limits), which is printed.
 ///
 /// # Panics
@@ -24,7 +24,12 @@ macro_rules! checks {
 pub fn tell(release: Release, checks: &[Check]) {
     let mut containerd = Some(Containerd::start(release));
     let mut failed = Vec::new();
-    for (name, check) in checks {
+    let only = std::env::var("STORY_CHECK").ok();
+    assert!(
+        only.is_none() || checks.iter().any(|(name, _)| only.as_deref() == Some(*name)),
+        "no check is named {only:?}"
+    );
+    for (name, check) in checks.iter().filter(|(name, _)| only.as_deref().is_none_or(|only| only == *name)) {
         let passes = |containerd: &mut Option<Containerd>| attempt(containerd, release, name, *check);
         let is_emulated = Path::new(EMULATED).exists();
         if passes(&mut containerd) {
