@@ -134,7 +134,9 @@ fn volumes_are_those_of_kubernetes(containerd: &mut Containerd) {
         let second = cri.start(&pod, second).await.expect("started");
         assert_eq!(cri.shell(&first, "cat /settings/key").await, "old");
         settings.update("key", "new");
-        assert_eq!(cri.shell(&first, "cat /settings/key").await, "new");
+        // The guest asks the host again for a name after a second.
+        let watch = "for i in $(seq 100); do grep -q new /settings/key && break; sleep 0.1; done; cat /settings/key";
+        assert_eq!(cri.shell(&first, watch).await, "new");
         assert_ne!(cri.exec(&first, &["touch", "/settings/x"]).await.expect("executed").0, 0, "it is read-only");
         cri.shell(&first, "echo from-first >/empty/note; echo last words >/dev/termination-log").await;
         assert_eq!(cri.shell(&second, "cat /empty/note").await, "from-first\n");
