@@ -23,6 +23,7 @@ run: build
 test: build lint
 	@tests/install-packages docker-registry skopeo
 	tests/debian-image >/dev/null
+	tests/containerd-packages >/dev/null
 	tests/run
 
 # Counts and ratios, explained in tests/bench/README.md.
@@ -35,7 +36,7 @@ lint:
 
 .PHONY: packages
 packages:
-	@tests/install-packages libcap-ng-dev libseccomp-dev busybox-static
+	@tests/install-packages libcap-ng-dev libseccomp-dev busybox-static protobuf-compiler
 
 clean:
 	tests/on-kvm --stop

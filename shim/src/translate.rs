@@ -118,9 +118,12 @@ pub(crate) fn exec_process(request: &ExecProcessRequest) -> Result<(Stdio, Proce
     Ok((stdio, spec))
 }
 
-/// Limits of an update.
+/// Limits of an update. The CRI plugin of containerd sends all of the container's resources; the device rules among them are those that
+/// the container was made with, and are left out.
 pub(crate) fn resources(any: &protobuf::MessageField<Any>) -> Result<LinuxResources, TaskError> {
-    json(any, "the resources")
+    let mut resources: LinuxResources = json(any, "the resources")?;
+    resources.set_devices(None);
+    Ok(resources)
 }
 
 fn json<T: serde::de::DeserializeOwned>(any: &protobuf::MessageField<Any>, what: &str) -> Result<T, TaskError> {
@@ -180,7 +183,7 @@ mod tests {
     use protobuf::well_known_types::any::Any;
     use serde_json::json;
 
-    use super::{CreateContainer, create_container, exec_process};
+    use super::{CreateContainer, create_container, exec_process, resources};
     use crate::cri::Role;
     use crate::error::TaskError;
 
@@ -245,5 +248,14 @@ mod tests {
         assert_eq!(process.args().as_deref(), Some(&["ls".to_owned()][..]));
         request.spec = Some(Any { value: b"{".to_vec(), ..Default::default() }).into();
         exec_process(&request).expect_err("malformed");
+    }
+
+    #[test]
+    fn an_update_has_the_limits_and_not_the_device_rules() {
+        let sent = json!({ "devices": [{ "allow": false, "access": "rwm" }], "memory": { "limit": 1000 } });
+        let any = Any { value: sent.to_string().into_bytes(), ..Default::default() };
+        let kept = resources(&Some(any).into()).expect("resources");
+        assert_eq!(kept.devices(), &None);
+        assert_eq!(kept.memory().and_then(|memory| memory.limit()), Some(1000));
     }
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 
 use crate::image::{OpenOptions, PullPolicy};
+use crate::install::{InstallTarget, UninstallTarget};
 use crate::log::Limits;
 
 /// Run OCI containers, each in its own microVM.
@@ -133,6 +134,18 @@ pub(crate) enum Command {
         /// Print a JSON array.
         #[arg(long)]
         json: bool,
+    },
+    /// Make the runtime known to containerd.
+    Install {
+        /// For whom.
+        #[command(subcommand)]
+        target: InstallTarget,
+    },
+    /// Take back what `install` did.
+    Uninstall {
+        /// For whom.
+        #[command(subcommand)]
+        target: UninstallTarget,
     },
     /// Unpack a layer from standard input: a step of `run` in a process of its own.
     #[command(hide = true)]
