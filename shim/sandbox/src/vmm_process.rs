@@ -109,6 +109,7 @@ impl VmmProcess {
                 .into_iter()
                 .map(|(tag, root, cache)| ShareConfig { tag, root: passed.add(root), cache })
                 .collect(),
+            networks: Vec::new(),
         };
         let config_fd = passed.add(config_file(&config).map_err(host("write the VM's configuration"))?);
 
