@@ -14,6 +14,7 @@ pub use terminal::Terminal;
 
 pub mod guest;
 pub mod image;
+pub mod lan;
 pub mod pod;
 pub mod python;
 pub mod registry;

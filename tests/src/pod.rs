@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use oci_spec::runtime::Spec;
 use sandbox::artifacts::Artifacts;
+use sandbox::network::Network;
 use sandbox::plan::{ROOTFS_TAG, VmSize, guest_rootfs};
 use sandbox::share::{Rootfs, rootfs_tree};
 use sandbox::{BootRequest, CachePolicy, CallError, ProcessId, ProcessStreams, Sandbox, WantedStreams};
@@ -36,12 +37,21 @@ impl Pod {
     /// # Panics
     /// When it does not boot.
     pub async fn boot(story: &Story) -> Self {
+        Self::boot_with(story, Network::default()).await
+    }
+
+    /// Boots it with a network.
+    ///
+    /// # Panics
+    /// When it does not boot.
+    pub async fn boot_with(story: &Story, network: Network) -> Self {
         let rootfs = Rootfs::Directory { path: story.rootfs(), read_only: false };
         let tree = rootfs_tree(rootfs, &story.scratch()).expect("the root file system is shared");
         let request = BootRequest {
             name: "pod".to_owned(),
             size: VmSize { vcpus: 1, memory_mib: 384 },
             shares: vec![(ROOTFS_TAG.to_owned(), tree, CachePolicy::Auto)],
+            network,
             console: None,
             artifacts: Artifacts::find().expect("VMRUN_VMM, VMRUN_KERNEL and VMRUN_INITRAMFS name the artefacts"),
             deadline: BOOT_DEADLINE,

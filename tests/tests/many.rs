@@ -67,6 +67,7 @@ async fn boot(story: &Story) -> Sandbox {
     let tree = rootfs_tree(rootfs, &story.scratch()).expect("the root file system is shared");
     let request = BootRequest {
         name: "many".to_owned(),
+        network: Default::default(),
         size: VmSize { vcpus: 1, memory_mib: 512 },
         shares: vec![(ROOTFS_TAG.to_owned(), tree, CachePolicy::Auto)],
         console: None,

@@ -19,8 +19,10 @@ use tokio::net::{UnixDatagram, UnixStream};
 use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, watch};
 use vmm_api::control::{Exit, ExitReason, Message, Reply, Request};
+use vmm_api::net::NetConfig;
 use vmm_api::{CachePolicy, Fd, HostPort, ShareConfig, VmConfig, VsockConfig};
 
+use crate::network::Interface;
 use crate::plan::VmSize;
 use crate::vmm_control::VmmControl;
 use crate::{BootError, ControlError};
@@ -35,6 +37,7 @@ pub(crate) struct Spawn {
     pub(crate) initramfs: OwnedFd,
     pub(crate) console: Option<OwnedFd>,
     pub(crate) shares: Vec<(String, OwnedFd, CachePolicy)>,
+    pub(crate) networks: Vec<Interface>,
 }
 
 /// A running VMM.
@@ -109,7 +112,14 @@ impl VmmProcess {
                 .into_iter()
                 .map(|(tag, root, cache)| ShareConfig { tag, root: passed.add(root), cache })
                 .collect(),
-            networks: Vec::new(),
+            networks: spawn
+                .networks
+                .into_iter()
+                .map(|Interface { device, fds }| NetConfig {
+                    device,
+                    fds: fds.into_iter().map(|fd| passed.add(fd)).collect(),
+                })
+                .collect(),
         };
         let config_fd = passed.add(config_file(&config).map_err(host("write the VM's configuration"))?);
 

@@ -143,6 +143,7 @@ impl Run {
             name: self.name.clone(),
             size: self.size,
             shares: prepared.shares,
+            network: Default::default(),
             console,
             artifacts: self.artifacts.clone(),
             deadline: BOOT_DEADLINE,
