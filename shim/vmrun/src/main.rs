@@ -16,6 +16,7 @@ mod images;
 mod inspect;
 mod log;
 mod logs;
+mod network;
 mod ps;
 mod record;
 mod remove;
