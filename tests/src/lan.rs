@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 use serde_json::{Value, json};
 
 use crate::{Outcome, outcome};
@@ -32,6 +32,8 @@ impl Lan {
     pub fn enter() -> Self {
         unshare(CloneFlags::CLONE_NEWNET).expect("stories run as root");
         ip("link set lo up");
+        // As distributions have it; a new namespace lets nobody use ping sockets.
+        fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647").expect("a sysctl of this namespace");
         Self { used_rules: RefCell::new(false) }
     }
 
@@ -75,12 +77,15 @@ impl Drop for Lan {
         }
         let ours = fs::metadata("/proc/thread-self/ns/net").expect("our namespace").ino();
         let here = |pid: &PathBuf| fs::metadata(pid.join("ns/net")).is_ok_and(|found| found.ino() == ours);
+        let other = |pid: &PathBuf| {
+            let number = pid.file_name().and_then(|name| name.to_str()?.parse::<u32>().ok());
+            number.is_some_and(|number| number != std::process::id())
+        };
         let processes: Vec<String> = fs::read_dir("/proc")
             .expect("proc")
             .flatten()
             .map(|entry| entry.path())
-            .filter(|pid| pid.file_name().is_none_or(|name| name.to_string_lossy() != std::process::id().to_string()))
-            .filter(here)
+            .filter(|pid| other(pid) && here(pid))
             .filter_map(|pid| fs::read_to_string(pid.join("cmdline")).ok())
             .collect();
         assert!(processes.is_empty(), "processes left in the story's network: {processes:?}");
@@ -152,6 +157,21 @@ impl Netns {
         let mut command = self.command("sh");
         command.args(["-c", script]);
         outcome(command)
+    }
+
+    /// Does something in it, on a thread of its own. A socket that is made there stays there.
+    ///
+    /// # Panics
+    /// When the work does.
+    pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        let namespace = fs::File::open(self.path()).expect("the namespace");
+        std::thread::scope(|scope| {
+            let entered = || {
+                setns(&namespace, CloneFlags::CLONE_NEWNET).expect("stories run as root");
+                work()
+            };
+            scope.spawn(entered).join().expect("it does not panic")
+        })
     }
 
     /// Queues and filters that are not there by default.

@@ -12,6 +12,7 @@ use std::process::{Command, Output, Stdio};
 use tempfile::TempDir;
 pub use terminal::Terminal;
 
+pub mod dns;
 pub mod guest;
 pub mod image;
 pub mod lan;
