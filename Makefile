@@ -6,9 +6,9 @@ static_env := RUSTFLAGS="-C target-feature=+crt-static" LIBSECCOMP_LINK_TYPE=sta
 
 .PHONY: build run test bench lint clean
 
-# vmrun with the three files that it looks for beside itself.
+# vmrun and the shim, with the three files that they look for beside themselves.
 build: packages
-	cargo build --release -p vmrun -p rootfs
+	cargo build --release -p vmrun -p containerd-shim-vm-v2 -p rootfs
 	$(static_env) cargo build --release -p vmm -p agent --target x86_64-unknown-linux-gnu --target-dir $(target)/static
 	install -m 755 $(static)/vmm $(release)/vmm
 	$(release)/rootfs --agent $(static)/agent --output $(release)/initramfs
@@ -23,6 +23,7 @@ run: build
 test: build lint
 	@tests/install-packages docker-registry skopeo containernetworking-plugins iproute2 iptables passt
 	tests/debian-image >/dev/null
+	tests/containerd-packages >/dev/null
 	tests/run
 
 # Counts and ratios, explained in tests/bench/README.md.
@@ -35,7 +36,7 @@ lint:
 
 .PHONY: packages
 packages:
-	@tests/install-packages libcap-ng-dev libseccomp-dev busybox-static
+	@tests/install-packages libcap-ng-dev libseccomp-dev busybox-static protobuf-compiler
 
 clean:
 	tests/on-kvm --stop

@@ -130,8 +130,14 @@ impl Image {
         self
     }
 
+    /// The digests of its layers' archives, the lowest first.
+    #[must_use]
+    pub fn diff_ids(&self) -> Vec<String> {
+        self.layers.iter().map(|layer| digest(layer)).collect()
+    }
+
     fn config(&self) -> Vec<u8> {
-        let diff_ids: Vec<_> = self.layers.iter().map(|layer| digest(layer)).collect();
+        let diff_ids = self.diff_ids();
         let config = json!({
             "architecture": self.architecture, "os": "linux", "created": "2024-01-02T03:04:05Z",
             "config": self.config, "rootfs": {"type": "layers", "diff_ids": diff_ids},

@@ -8,10 +8,13 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 pub use terminal::Terminal;
 
+pub mod containerd;
+pub mod cri;
 pub mod dns;
 pub mod guest;
 pub mod image;
@@ -238,6 +241,27 @@ impl Outcome {
 #[must_use]
 pub fn outcome(mut command: Command) -> Outcome {
     Outcome::of(command.output().expect("the command starts"))
+}
+
+/// Waits until a condition holds.
+///
+/// # Panics
+/// When it does not in time; the message is `what`.
+pub fn eventually(deadline: Duration, what: &str, condition: impl FnMut() -> bool) {
+    assert!(becomes_true(deadline, condition), "not within {} s: {what}", deadline.as_secs());
+}
+
+/// Whether a condition holds before the deadline. It is asked again and again, for what other programs do tells nobody.
+pub fn becomes_true(deadline: Duration, mut condition: impl FnMut() -> bool) -> bool {
+    const PAUSE: Duration = Duration::from_millis(50);
+    let started = Instant::now();
+    while !condition() {
+        if started.elapsed() >= deadline {
+            return false;
+        }
+        std::thread::sleep(PAUSE);
+    }
+    true
 }
 
 /// A `vmrun run` in the background; killed when dropped.

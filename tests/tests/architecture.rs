@@ -100,6 +100,25 @@ fn every_function_that_the_readme_follows_exists() {
 }
 
 #[test]
+fn every_story_that_the_readme_names_for_containerd_is_told() {
+    let readme = read("README.md");
+    let section = readme.split("\n## containerd and Kubernetes\n").nth(1).expect("the section").split("\n## ").next();
+    let rows: Vec<&str> = section.expect("the section").lines().filter(|line| line.contains("`containerd_")).collect();
+    assert!(rows.len() >= 10, "{rows:?}");
+    for row in rows {
+        let cell = row.split('|').nth(2).expect("a second column").trim().trim_matches('`');
+        let (file, name) = cell.split_once("::").unwrap_or_else(|| panic!("not FILE::STORY: {row}"));
+        let source = read(&format!("tests/tests/{file}.rs"));
+        // Also named in a list of checks, or else nothing tells it.
+        assert_eq!(source.matches(&format!("fn {name}(")).count(), 1, "{row}");
+        assert!(
+            source.matches(&format!("{name},")).count() + source.matches(&format!("[{name}]")).count() >= 1,
+            "{row}"
+        );
+    }
+}
+
+#[test]
 fn the_readme_names_the_command_that_ci_runs() {
     assert!(read("README.md").contains("    make test"));
     assert!(read(".ci/run").lines().any(|line| line == "make test"));

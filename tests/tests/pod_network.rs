@@ -5,7 +5,7 @@ use sandbox::network::{Network, Policy};
 use serde_json::{Value, json};
 use tests::Story;
 use tests::lan::{Attachment, Lan, Netns, bridge, ip};
-use tests::pod::Pod;
+use tests::pod::{Pod, SMALL};
 
 fn network(netns: &Netns) -> Network {
     attach(&netns.path(), &options()).expect("the namespace is joined")
@@ -29,7 +29,7 @@ async fn a_pod_reaches_the_host_and_is_reached_over_ipv4_and_ipv6() {
     let lan = Lan::enter();
     let netns = lan.netns();
     let attachment = Attachment::add(&netns, "eth0", vec![bridge(&story.volume(), 1500)]);
-    let pod = Pod::boot_with(&story, network(&netns)).await;
+    let pod = Pod::boot_with(&story, SMALL, network(&netns)).await;
     let script = "ip addr show eth0; ip route; ping -c 2 -W 20 10.88.0.1 && ping -6 -c 2 -W 20 fd88::1";
     let (code, output) = pod.run("ping", script, net_raw).await;
     assert_eq!(code, 0, "{output}");

@@ -25,6 +25,12 @@ impl ExitSignal {
         let _ = self.0.1.write(1);
     }
 
+    /// Whether the VM is ending.
+    #[must_use]
+    pub fn is_given(&self) -> bool {
+        lock(&self.0.0).is_some()
+    }
+
     /// The reason, once there is one.
     #[must_use]
     pub fn reason(&self) -> Option<ExitReason> {

@@ -158,12 +158,19 @@ struct Vcpu {
 
 impl Vcpu {
     fn run(mut self) {
+        let mut port_exits = 0;
         loop {
             self.stand_still_while_paused();
             if let Some(reason) = self.run_once() {
                 self.exit.end(reason);
                 return;
             }
+            // A write to the reset line ends the VM; a guest that ran on would try its other ways to reset.
+            let count = self.counts.port.load(Ordering::Relaxed);
+            if count != port_exits && self.exit.is_given() {
+                return;
+            }
+            port_exits = count;
         }
     }
 

@@ -3,6 +3,7 @@
 //! Host paths of bind mounts become entries of one share, `volumes`, and the spec that goes to the guest names their guest
 //! paths instead.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use agent_api::{HOSTS_PATH, INIT_PATH, RESOLV_CONF_PATH, SHARE_DIR};
@@ -15,6 +16,8 @@ pub const ROOTFS_TAG: &str = "rootfs";
 /// Tag of the share that holds every volume, as `v0`, `v1`, ...
 pub const VOLUMES_TAG: &str = "volumes";
 
+/// Where the guest has its shared memory, and a container that shares it.
+const GUEST_SHM: &str = "/dev/shm";
 /// Path of the init in a container that has one.
 const CONTAINER_INIT: &str = "/dev/init";
 
@@ -30,8 +33,37 @@ pub struct VmSize {
 /// RAM that the guest's kernel and agent need beside the container's, in MiB.
 pub const GUEST_OVERHEAD_MIB: u32 = 96;
 
-/// A host path that the container sees.
+/// Tags of a container's two shares, for a VM with several containers.
 #[derive(Clone, Debug, Eq, PartialEq)]
+pub struct ShareTags {
+    /// Of its root file system.
+    pub rootfs: String,
+    /// Of its volumes.
+    pub volumes: String,
+}
+
+impl ShareTags {
+    /// The tags of the only container of a VM.
+    #[must_use]
+    pub fn only() -> Self {
+        Self { rootfs: ROOTFS_TAG.to_owned(), volumes: VOLUMES_TAG.to_owned() }
+    }
+
+    /// Guest path of the root file system.
+    #[must_use]
+    pub fn guest_rootfs(&self) -> PathBuf {
+        Path::new(SHARE_DIR).join(&self.rootfs)
+    }
+
+    /// Guest path of a volume by its place in [`Plan::volumes`].
+    #[must_use]
+    pub fn guest_volume(&self, index: usize) -> PathBuf {
+        Path::new(SHARE_DIR).join(&self.volumes).join(format!("v{index}"))
+    }
+}
+
+/// A host path that the container sees.
+#[derive(Clone, Debug, Eq, Hash, PartialEq)]
 pub struct Volume {
     /// The host path.
     pub source: PathBuf,
@@ -106,7 +138,20 @@ pub fn guest_rootfs() -> PathBuf {
 ///
 /// # Errors
 /// [`PlanError::NoSource`] and [`PlanError::Forbidden`].
-pub fn plan(mut spec: Spec) -> Result<Plan, PlanError> {
+pub fn plan(spec: Spec) -> Result<Plan, PlanError> {
+    plan_container(spec, &ShareTags::only(), &HashMap::new())
+}
+
+/// As [`plan`], for one of several containers: its shares have tags of their own, and a volume that is in the guest already
+/// is taken from where it is, so that containers see one file system there.
+///
+/// # Errors
+/// As [`plan`].
+pub fn plan_container(
+    mut spec: Spec,
+    tags: &ShareTags,
+    in_guest: &HashMap<Volume, PathBuf>,
+) -> Result<Plan, PlanError> {
     let mut volumes = Vec::new();
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     for mount in &mut mounts {
@@ -118,16 +163,24 @@ pub fn plan(mut spec: Spec) -> Result<Plan, PlanError> {
         let Some(source) = mount.source().clone() else {
             return Err(PlanError::NoSource { destination: mount.destination().clone() });
         };
+        if mount.destination() == Path::new(GUEST_SHM) {
+            // Shared memory is between processes of one kernel: whatever the host has there, the guest has its own.
+            mount.set_source(Some(GUEST_SHM.into()));
+            continue;
+        }
         if is_forbidden(&source) {
             return Err(PlanError::Forbidden { path: source });
         }
-        let name = format!("v{}", volumes.len());
-        mount.set_source(Some(Path::new(SHARE_DIR).join(VOLUMES_TAG).join(name)));
-        volumes.push(Volume { source, read_only: options.iter().any(|o| o == "ro" || o == "rro") });
+        let volume = Volume { source, read_only: options.iter().any(|o| o == "ro" || o == "rro") };
+        let guest_path = in_guest.get(&volume).cloned().unwrap_or_else(|| {
+            volumes.push(volume);
+            tags.guest_volume(volumes.len() - 1)
+        });
+        mount.set_source(Some(guest_path));
     }
     spec.set_mounts(Some(mounts));
     let mut root = spec.root().clone().unwrap_or_default();
-    root.set_path(guest_rootfs());
+    root.set_path(tags.guest_rootfs());
     spec.set_root(Some(root));
     Ok(Plan { volumes, spec })
 }

@@ -4,6 +4,8 @@
 //! Each tree is put together by a thread of its own in a private mount namespace, then cloned with open_tree(2). Read-only
 //! is a flag of the mount: nothing that a guest sends, and no fault of the VMM, can write through it.
 
+mod mounts;
+
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -21,6 +23,7 @@ use rustix::mount::{
 
 use crate::BootError;
 use crate::plan::Volume;
+pub use mounts::HostMount;
 
 /// The root file system of a container.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -41,6 +44,13 @@ pub enum Rootfs {
         /// Holds `upper` and `work`, made when absent; without it the root is read-only.
         writable: Option<PathBuf>,
     },
+    /// What a snapshotter asks for, mounted in this order.
+    Mounts {
+        /// The mounts.
+        mounts: Vec<HostMount>,
+        /// Whether the guest may write to it.
+        read_only: bool,
+    },
 }
 
 /// Makes the tree of a container's root.
@@ -53,6 +63,7 @@ pub fn rootfs_tree(rootfs: Rootfs, scratch: &Path) -> Result<OwnedFd, BootError>
         Rootfs::Layers { lower, layer_dir, .. } => {
             lower.first().map_or_else(|| layer_dir.clone(), |l| layer_dir.join(l))
         }
+        Rootfs::Mounts { mounts, .. } => mounts.last().map_or_else(|| scratch.to_owned(), |m| PathBuf::from(&m.source)),
     };
     let scratch = scratch.to_owned();
     in_private_namespace(move || mount_rootfs(&rootfs, &scratch))
@@ -99,6 +110,10 @@ fn mount_rootfs(rootfs: &Rootfs, scratch: &Path) -> io::Result<OwnedFd> {
             let flags = MountFlags::NODEV | if writable.is_some() { MountFlags::empty() } else { MountFlags::RDONLY };
             let options = std::ffi::CString::new(options)?;
             mount("overlay", scratch, "overlay", flags, Some(options.as_c_str()))?;
+        }
+        Rootfs::Mounts { mounts, read_only } => {
+            mounts.iter().try_for_each(|mount| mount.mount_below(scratch))?;
+            restrict(scratch, *read_only)?;
         }
     }
     clone_tree(scratch)

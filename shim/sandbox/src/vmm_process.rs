@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::io::{self, Seek as _, Write as _};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
@@ -213,11 +214,18 @@ async fn watch_child(
             child.wait().await
         }
     };
-    let exit = reported.unwrap_or_else(|| {
-        unexplained(status.map_or_else(|error| error.to_string(), |status| format!("its process ended with {status}")))
+    let exit = reported.unwrap_or_else(|| match status {
+        Ok(status) => {
+            status.signal().map_or_else(|| unexplained(format!("its process ended with {status}")), killed_by)
+        }
+        Err(error) => unexplained(error.to_string()),
     });
     // Nobody listening means the sandbox was dropped.
     let _ = ended.send(Some(exit));
+}
+
+fn killed_by(signal: i32) -> Exit {
+    Exit { reason: ExitReason::Signal { signal }, console_tail: String::new() }
 }
 
 fn unexplained(detail: String) -> Exit {

@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand};
 use sandbox::network::user::PortForward;
 
 use crate::image::{OpenOptions, PullPolicy};
+use crate::install::{InstallTarget, UninstallTarget};
 use crate::log::Limits;
 use crate::network::{NetworkMode, parse_dns, parse_host, parse_ip, parse_port};
 
@@ -137,6 +138,18 @@ pub(crate) enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Make the runtime known to containerd.
+    Install {
+        /// For whom.
+        #[command(subcommand)]
+        target: InstallTarget,
+    },
+    /// Take back what `install` did.
+    Uninstall {
+        /// For whom.
+        #[command(subcommand)]
+        target: UninstallTarget,
+    },
     /// Unpack a layer from standard input: a step of `run` in a process of its own.
     #[command(hide = true)]
     UnpackLayer {
@@ -246,7 +259,7 @@ pub(crate) struct RunArgs {
     /// Limit of the log: max-size=SIZE or max-file=COUNT.
     #[arg(long, value_name = "NAME=VALUE")]
     pub(crate) log_opt: Vec<String>,
-    /// Network: user (the default), none, or netns:PATH.
+    /// Network: none, user, or netns:PATH [default: user when a port or an address is given, else none].
     #[arg(long, alias = "net", value_name = "MODE")]
     pub(crate) network: Option<NetworkMode>,
     /// Let a port of the host reach one of the container.

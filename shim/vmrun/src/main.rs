@@ -14,6 +14,7 @@ mod exec_process;
 mod image;
 mod images;
 mod inspect;
+mod install;
 mod log;
 mod logs;
 mod network;
@@ -34,6 +35,7 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 use cli::{Cli, Command};
+use install::{InstallTarget, UninstallTarget};
 use record::Folders;
 use run::Place;
 
@@ -100,6 +102,8 @@ fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Rmi { force, images } => images::rmi(&folders.root, &folders.data_root, &images, force),
         Command::Load { input, quiet } => images::load(&folders.data_root, input, quiet),
         Command::Gc => remove::gc(&folders),
+        Command::Install { target: InstallTarget::Containerd(args) } => install::install(&args),
+        Command::Uninstall { target: UninstallTarget::Containerd(args) } => install::uninstall(&args),
         Command::Check { json } => check::check(json),
         Command::UnpackLayer { compression, target } => image::unpack_child(&compression, &target),
         Command::Completions { shell } => {

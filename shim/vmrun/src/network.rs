@@ -11,11 +11,10 @@ use oci_spec::runtime::Spec;
 use rustix::fs::{AtFlags, statat};
 use sandbox::network::pod::{PodOptions, attach};
 use sandbox::network::user::{self, PortForward, UserOptions};
-use sandbox::network::{Network, NetworkError, Policy, resolv_conf};
+use sandbox::network::{Network, Policy, resolv_conf};
 use sandbox::plan::{self, GuestFile};
 
 use crate::cli::RunArgs;
-use crate::complain;
 
 /// Value of `--network`.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -75,11 +74,10 @@ pub(crate) fn parse_host(text: &str) -> Result<(String, IpAddr), String> {
     Ok((name.to_owned(), address))
 }
 
-/// Makes the network that the command line asks for, with a pair of queues for each vCPU. Without a wish it is user mode when
-/// that works here, and else none, which is said.
+/// Makes the network that the command line asks for, with a pair of queues for each vCPU. Without a wish it is none.
 pub(crate) fn create(args: &RunArgs, vcpus: u8) -> Result<Network> {
-    let wished = args.network.is_some() || !args.publish.is_empty() || args.ip.is_some();
-    match args.network.as_ref().unwrap_or(&NetworkMode::User) {
+    let wished = if args.publish.is_empty() && args.ip.is_none() { NetworkMode::None } else { NetworkMode::User };
+    match args.network.as_ref().unwrap_or(&wished) {
         NetworkMode::Netns(path) => {
             refuse_ports(args, "the plugin that wired the namespace forwards its ports and gives addresses")?;
             let resolv_conf = resolv_conf(&args.dns);
@@ -90,14 +88,14 @@ pub(crate) fn create(args: &RunArgs, vcpus: u8) -> Result<Network> {
             refuse_ports(args, "a container without a network has none")?;
             Ok(Network::default())
         }
-        NetworkMode::User => match user::start(&user_options(args)?) {
-            Err(error @ (NetworkError::NoPasst | NetworkError::Passt { .. })) if !wished => {
-                complain(&format!("the container has no network: {error}"));
-                Ok(Network::default())
-            }
-            made => made.context("cannot make the network"),
-        },
+        NetworkMode::User => user::start(&user_options(args)?).context("cannot make the network"),
     }
+}
+
+/// Whether the container is to be told anything of a network.
+pub(crate) fn is_wished(args: &RunArgs) -> bool {
+    args.network.is_some()
+        || !(args.publish.is_empty() && args.ip.is_none() && args.dns.is_empty() && args.add_host.is_empty())
 }
 
 fn refuse_ports(args: &RunArgs, why: &str) -> Result<()> {

@@ -204,7 +204,7 @@ impl Run {
             shares.push((VOLUMES_TAG.to_owned(), volumes, CachePolicy::Auto));
         }
         let mut network = network::create(args, self.size.vcpus)?;
-        if image.bundle.is_none() {
+        if image.bundle.is_none() && network::is_wished(args) {
             network::tell(args, &self.name, &mut network, &mut planned.spec, &tree);
         }
         Ok(Prepared { spec: planned.spec, tree, shares, network, at: self.start.elapsed() })

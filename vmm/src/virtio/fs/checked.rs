@@ -14,17 +14,25 @@ use virtiofsd::filesystem::{
 };
 use virtiofsd::fuse;
 use virtiofsd::passthrough::PassthroughFs;
+use vmm_api::CachePolicy;
+
+use super::ALWAYS_TIMEOUT;
+use super::unchanged::OpenedFiles;
 
 /// A directory of the host behind the checks.
 pub(super) struct CheckedFs {
     fs: PassthroughFs,
     /// How long the guest may believe that a name does not exist.
     missing_timeout: Duration,
+    /// Under [`CachePolicy::Auto`]: what the guest opened, to tell at the next open whether its cached pages are still true.
+    opened: Option<OpenedFiles>,
 }
 
 impl CheckedFs {
-    pub(super) fn new(fs: PassthroughFs, missing_timeout: Duration) -> Self {
-        Self { fs, missing_timeout }
+    /// The crate's file system with the rules of a cache policy that the crate does not have.
+    pub(super) fn new(fs: PassthroughFs, cache: CachePolicy) -> Self {
+        let missing_timeout = if cache == CachePolicy::Always { ALWAYS_TIMEOUT } else { Duration::ZERO };
+        Self { fs, missing_timeout, opened: (cache == CachePolicy::Auto).then(OpenedFiles::default) }
     }
 }
 
@@ -69,6 +77,9 @@ impl FileSystem for CheckedFs {
     }
 
     fn destroy(&self) {
+        if let Some(opened) = &self.opened {
+            opened.clear();
+        }
         self.fs.destroy();
     }
 
@@ -88,10 +99,16 @@ impl FileSystem for CheckedFs {
     }
 
     fn forget(&self, ctx: Context, inode: Inode, count: u64) {
+        if let Some(opened) = &self.opened {
+            opened.forget(inode);
+        }
         self.fs.forget(ctx, inode, count);
     }
 
     fn batch_forget(&self, ctx: Context, requests: Vec<(Inode, u64)>) {
+        if let Some(opened) = &self.opened {
+            requests.iter().for_each(|&(inode, _)| opened.forget(inode));
+        }
         self.fs.batch_forget(ctx, requests);
     }
 
@@ -191,7 +208,12 @@ impl FileSystem for CheckedFs {
         kill_priv: bool,
         flags: u32,
     ) -> io::Result<(Option<Handle>, OpenOptions)> {
-        self.fs.open(ctx, inode, kill_priv, flags)
+        let (handle, mut options) = self.fs.open(ctx, inode, kill_priv, flags)?;
+        if let Some(opened) = &self.opened {
+            let unchanged = self.fs.getattr(ctx, inode, None).is_ok_and(|(attr, _)| opened.note(inode, &attr));
+            options.set(OpenOptions::KEEP_CACHE, unchanged);
+        }
+        Ok((handle, options))
     }
 
     fn create(

@@ -22,6 +22,7 @@ use checked::CheckedFs;
 use worker::Worker;
 
 mod checked;
+mod unchanged;
 mod worker;
 
 const VIRTIO_ID_FS: u16 = 26;
@@ -71,12 +72,11 @@ impl Fs {
         config.extend_from_slice(&u32::from(request_queues).to_le_bytes());
         let fs = PassthroughFs::new(passthrough_config(&root, cache)).map_err(FsError::Open)?;
         fs.open_root_node().map_err(FsError::Open)?;
-        let missing_timeout = if cache == CachePolicy::Always { ALWAYS_TIMEOUT } else { Duration::ZERO };
         Ok(Self {
             config,
             // The high-priority queue comes first.
             queue_sizes: vec![QUEUE_SIZE; usize::from(request_queues) + 1],
-            server: Arc::new(Server::new(CheckedFs::new(fs, missing_timeout))),
+            server: Arc::new(Server::new(CheckedFs::new(fs, cache))),
             workers: Vec::new(),
             _root: root,
         })

@@ -1,15 +1,16 @@
 //! FUSE requests as a guest's kernel sends them, or a hostile one.
 
 use std::fs::{self, File};
-use std::time::Duration;
 
 use proptest::prelude::*;
 use tempfile::TempDir;
 use virtiofsd::passthrough::{self, PassthroughFs};
 use vm_memory::{Bytes as _, GuestAddress};
+use vmm_api::CachePolicy;
 
 use super::*;
 use crate::virtio::driver::DriverQueue;
+use crate::virtio::fs::ALWAYS_TIMEOUT;
 
 const REQUEST: u64 = 0x10_0000;
 const REPLY: u64 = 0x20_0000;
@@ -45,7 +46,7 @@ impl Share {
         fs.open_root_node().expect("its root");
         let memory = crate::memory::create(64).expect("memory");
         let driver = DriverQueue::new(&memory, 0x1_0000, 16);
-        let server = Arc::new(Server::new(CheckedFs::new(fs, Duration::from_secs(1))));
+        let server = Arc::new(Server::new(CheckedFs::new(fs, CachePolicy::Always)));
         let stopping = Arc::new(AtomicBool::new(false));
         let serving = Serving { queue: driver.activate(), memory: memory.clone(), server, stopping };
         let mut share = Self { dir, memory, driver, serving };
@@ -121,7 +122,7 @@ fn a_missing_name_may_be_remembered() {
     let mut share = Share::new();
     let (error, entry) = share.ask(FUSE_LOOKUP, b"missing\0").expect("an answer");
     // fuse_entry_out: node, generation, and for how many seconds the name is valid.
-    assert_eq!((error, &entry[..8], &entry[16..24]), (0, &[0; 8][..], &1_u64.to_le_bytes()[..]));
+    assert_eq!((error, &entry[..8], &entry[16..24]), (0, &[0; 8][..], &ALWAYS_TIMEOUT.as_secs().to_le_bytes()[..]));
     let (_, entry) = share.ask(FUSE_LOOKUP, b"file\0").expect("an answer");
     assert_ne!(&entry[..8], &[0; 8]);
 }
@@ -162,11 +163,11 @@ fn a_worker_that_is_dropped_ends() {
 #[test]
 fn a_directory_that_is_not_there_is_refused() {
     let file = tempfile::tempfile().expect("a temporary file");
-    let long = crate::virtio::fs::Fs::open(&"t".repeat(37), file.into(), vmm_api::CachePolicy::Auto, 1);
+    let long = crate::virtio::fs::Fs::open(&"t".repeat(37), file.into(), CachePolicy::Auto, 1);
     assert!(matches!(long, Err(crate::virtio::fs::FsError::Tag)));
     let dir = tempfile::tempdir().expect("a temporary folder");
     let root = File::open(dir.path()).expect("a folder");
-    let fs = crate::virtio::fs::Fs::open("tag", root.into(), vmm_api::CachePolicy::Auto, 200).expect("a share");
+    let fs = crate::virtio::fs::Fs::open("tag", root.into(), CachePolicy::Auto, 200).expect("a share");
     assert_eq!(crate::virtio::VirtioDevice::queue_sizes(&fs).len(), 5);
 }
 

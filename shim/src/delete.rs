@@ -1,0 +1,70 @@
+//! `delete`: removes what a server that is gone left behind. Called when its connection broke, and by a containerd that finds
+//! a folder without a server; any number of times.
+//!
+//! The mounts of a pod are detached trees and went with the server. What can be left is the VMM, when it was stopped and did
+//! not see its owner go, the socket, and a server that no longer answers.
+
+use std::fs;
+use std::io::{self, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Context as _, Result};
+use containerd_shim_protos::api::DeleteResponse;
+use protobuf::Message as _;
+use rustix::mount::{UnmountFlags, unmount};
+
+use crate::arguments::Arguments;
+use crate::cgroup::HostCgroup;
+use crate::record::Record;
+
+/// Exit status of a container whose server was killed, as with runc's shim.
+const EXIT_KILLED: u32 = 128 + 9;
+/// Time that killed processes have to leave their cgroup, and between two looks.
+const EMPTY_DEADLINE: Duration = Duration::from_secs(2);
+const EMPTY_INTERVAL: Duration = Duration::from_millis(10);
+
+/// Removes it all and says how the container ended.
+pub(crate) fn delete(arguments: &Arguments) -> Result<()> {
+    let bundle = arguments.bundle()?;
+    let record = Record::read(&bundle);
+    for process in record.iter().flat_map(|record| [Some(&record.server), record.vmm.as_ref()]).flatten() {
+        process.kill().with_context(|| format!("cannot kill the process {}", process.pid))?;
+    }
+    if let Some(cgroup) = record.as_ref().and_then(|record| record.cgroup.clone()) {
+        remove_cgroup(&HostCgroup::at(cgroup));
+    }
+    remove_socket(&bundle);
+    // Ours are not here; whoever mounted it wants it gone.
+    let _ = unmount(bundle.join("rootfs"), UnmountFlags::DETACH);
+    let response = DeleteResponse {
+        pid: record.and_then(|record| record.vmm).map_or(0, |vmm| vmm.pid),
+        exit_status: EXIT_KILLED,
+        exited_at: Some(SystemTime::now().into()).into(),
+        ..Default::default()
+    };
+    io::stdout().write_all(&response.write_to_bytes()?).context("cannot answer")
+}
+
+/// A killed process leaves its cgroup a moment later.
+fn remove_cgroup(cgroup: &HostCgroup) {
+    let deadline = Instant::now() + EMPTY_DEADLINE;
+    let is_populated =
+        || fs::read_to_string(cgroup.path().join("cgroup.events")).is_ok_and(|e| e.contains("populated 1"));
+    while is_populated() && Instant::now() < deadline {
+        thread::sleep(EMPTY_INTERVAL);
+    }
+    cgroup.remove();
+}
+
+/// The socket of a server that does not answer. That of a pod whose server lives stays.
+fn remove_socket(bundle: &Path) {
+    let Ok(address) = fs::read_to_string(bundle.join("address")) else { return };
+    let Some(path) = address.strip_prefix("unix://").map(Path::new) else { return };
+    if UnixStream::connect(path).is_err() {
+        // It may be gone already.
+        let _ = fs::remove_file(path);
+    }
+}

@@ -1,0 +1,210 @@
+//! Making a container: its trees, the VM if it is the first, its place in the guest.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use containerd_shim_protos::api::Mount;
+use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
+use oci_spec::runtime::Spec;
+use sandbox::plan::{self, ShareTags, Volume};
+use sandbox::share::{self, Rootfs};
+use sandbox::{BootError, CachePolicy};
+
+use super::{DELETE_DEADLINE, GuestVolume, Pod};
+use crate::container::Container;
+use crate::cri::{self, Limits, Role};
+use crate::error::TaskError;
+use crate::translate::CreateContainer;
+use crate::vm::{Place, Share, Vm};
+
+/// A container's spec with guest paths, and the trees that it needs.
+struct Trees {
+    spec: Spec,
+    shares: Vec<Share>,
+}
+
+impl Pod {
+    /// Makes a container whose init waits for its start; returns its process id.
+    pub(crate) async fn create(
+        self: &Arc<Self>,
+        request: CreateContainer,
+        rootfs: Vec<Mount>,
+    ) -> Result<u32, TaskError> {
+        let container = self.reserve(&request)?;
+        let making = async {
+            match request.role {
+                Role::Pause => self.make_pause(&request).await,
+                Role::Alone | Role::Member => self.make(&container, &request).await,
+            }
+        };
+        let made = tokio::select! {
+            made = making => made,
+            // A VM that boots ends with the boot.
+            () = container.abandoned() => Err(TaskError::Finished),
+        };
+        let pid = match made {
+            Ok(pid) => pid,
+            Err(error) => {
+                self.undo(&container).await;
+                return Err(error);
+            }
+        };
+        let io = TaskIO {
+            stdin: request.stdio.stdin,
+            stdout: request.stdio.stdout,
+            stderr: request.stdio.stderr,
+            terminal: request.stdio.terminal,
+            ..Default::default()
+        };
+        self.events.push(&TaskCreate {
+            container_id: container.id.clone(),
+            bundle: container.bundle.display().to_string(),
+            rootfs,
+            io: Some(io).into(),
+            pid,
+            ..Default::default()
+        });
+        container.init.created(pid, &self.events);
+        tracing::info!(container = container.id, "created");
+        Ok(pid)
+    }
+
+    /// Takes the id.
+    pub(super) fn reserve(&self, request: &CreateContainer) -> Result<Arc<Container>, TaskError> {
+        let number = self.next_share.fetch_add(1, Ordering::Relaxed);
+        let tags = ShareTags { rootfs: format!("r{number}"), volumes: format!("v{number}") };
+        let (bundle, stdio) = (request.bundle.clone(), request.stdio.clone());
+        let container = Arc::new(Container::new(&request.id, bundle, request.role, stdio, tags));
+        let mut containers = self.containers();
+        if containers.contains_key(&request.id) {
+            return Err(TaskError::Exists { what: "container", id: request.id.clone() });
+        }
+        if request.role == Role::Alone && !containers.is_empty() {
+            return Err(TaskError::Invalid(format!("{:?} is in no pod, and this VM has a container", request.id)));
+        }
+        containers.insert(request.id.clone(), container.clone());
+        Ok(container)
+    }
+
+    /// What is left of a container that was not made.
+    async fn undo(&self, container: &Container) {
+        self.containers().remove(&container.id);
+        match container.role {
+            Role::Alone | Role::Pause => self.stop_vm().await,
+            Role::Member => {
+                if let Ok(vm) = self.vm() {
+                    // What was not made is not there.
+                    let forgotten = vm.sandbox.delete(&container.init.id, true);
+                    let _ = tokio::time::timeout(DELETE_DEADLINE, forgotten).await;
+                }
+                self.release_shares(container).await;
+            }
+        }
+        container.set_gone();
+    }
+
+    /// The container that stands for the pod is the VM itself.
+    async fn make_pause(self: &Arc<Self>, request: &CreateContainer) -> Result<u32, TaskError> {
+        let annotations = request.annotations();
+        let linux = request.spec.linux().clone().unwrap_or_default();
+        self.settings().sysctls = linux.sysctl().clone().unwrap_or_default();
+        let hostname = request.spec.hostname().clone().unwrap_or_else(|| request.id.clone());
+        let size = cri::size(&self.config, Limits::of_pod(&annotations), &annotations)?;
+        if request.has_netns {
+            tracing::warn!(pod = request.id, "the pod's network is loopback only: CNI's interface is not in its VM");
+        }
+        let cgroups_path = linux.cgroups_path().clone();
+        Ok(self.boot(&hostname, size, Vec::new(), cgroups_path).await?.pid())
+    }
+
+    /// Boots the pod's VM and listens to it.
+    pub(super) async fn boot(
+        self: &Arc<Self>,
+        hostname: &str,
+        size: plan::VmSize,
+        shares: Vec<Share>,
+        cgroups_path: Option<PathBuf>,
+    ) -> Result<Arc<Vm>, TaskError> {
+        let place = Place { bundle: &self.bundle, cgroups_path: cgroups_path.as_deref() };
+        let vm = Arc::new(Vm::boot(&self.config, hostname, size, shares, place).await?);
+        if self.vm.set(vm.clone()).is_err() {
+            vm.stop().await;
+            return Err(TaskError::Exists { what: "VM of", id: self.id.clone() });
+        }
+        self.watch(vm.clone());
+        Ok(vm)
+    }
+
+    async fn make(self: &Arc<Self>, container: &Arc<Container>, request: &CreateContainer) -> Result<u32, TaskError> {
+        // Of a member the VM must be there; that is known before anything is made.
+        let present = if request.role == Role::Member { Some(self.vm()?) } else { None };
+        let ends = request.stdio.open(&self.namespace, &container.init.id).await?;
+        let Trees { spec, shares } = self.trees(container, request).await?;
+        let vm = match present {
+            Some(vm) => {
+                for (tag, tree, cache) in shares {
+                    vm.sandbox.add_share(&tag, tree, cache).await?;
+                }
+                vm
+            }
+            None => {
+                let annotations = request.annotations();
+                let size = cri::size(&self.config, Limits::of_container(&spec), &annotations)?;
+                let cgroups_path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone());
+                self.boot(&request.id, size, shares, cgroups_path).await?
+            }
+        };
+        let wanted = request.stdio.wanted(container.init.size());
+        let streams = vm.sandbox.create(&container.id, &spec, wanted).await?;
+        container.init.set_copying(ends.copy(streams));
+        Ok(vm.pid())
+    }
+
+    /// Mounts what the container needs, off the threads that answer requests: a file system may be slow.
+    async fn trees(&self, container: &Arc<Container>, request: &CreateContainer) -> Result<Trees, TaskError> {
+        let mut spec = request.spec.clone();
+        self.apply_sandbox(&mut spec, request.role)?;
+        let known: HashMap<Volume, PathBuf> =
+            self.volumes().iter().map(|(volume, at)| (volume.clone(), at.path.clone())).collect();
+        let planned = plan::plan_container(spec, &container.tags, &known)?;
+        // Which of the known ones it uses is seen in the spec that came out.
+        let sources: Vec<PathBuf> =
+            planned.spec.mounts().iter().flatten().filter_map(|mount| mount.source().clone()).collect();
+        let mut used = planned.volumes.clone();
+        used.extend(known.iter().filter(|(_, path)| sources.contains(path)).map(|(volume, _)| volume.clone()));
+        container.set_volumes(used);
+        let rootfs = rootfs(request);
+        let (tags, scratch, volumes) = (container.tags.clone(), request.bundle.join("rootfs"), planned.volumes.clone());
+        let made = tokio::task::spawn_blocking(move || -> Result<(OwnedFd, Option<OwnedFd>), BootError> {
+            std::fs::create_dir_all(&scratch).map_err(|source| BootError::Share { path: scratch.clone(), source })?;
+            let rootfs = share::rootfs_tree(rootfs, &scratch)?;
+            let volumes = if volumes.is_empty() { None } else { Some(share::volumes_tree(volumes, &scratch)?) };
+            Ok((rootfs, volumes))
+        });
+        let lost = |error: tokio::task::JoinError| TaskError::Invalid(error.to_string());
+        let (rootfs, volumes) = made.await.map_err(lost)??;
+        let mut shares = vec![(tags.rootfs.clone(), rootfs, CachePolicy::Always)];
+        if let Some(tree) = volumes {
+            shares.push((tags.volumes.clone(), tree, CachePolicy::Auto));
+            let mut table = self.volumes();
+            for (index, volume) in planned.volumes.into_iter().enumerate() {
+                let at = GuestVolume { path: tags.guest_volume(index), tag: tags.volumes.clone() };
+                table.entry(volume).or_insert(at);
+            }
+        }
+        Ok(Trees { spec: planned.spec, shares })
+    }
+}
+
+/// The snapshot's mounts, or the root that the bundle has already.
+fn rootfs(request: &CreateContainer) -> Rootfs {
+    let root = request.spec.root().clone().unwrap_or_default();
+    let read_only = root.readonly().unwrap_or(false);
+    if request.rootfs.is_empty() {
+        return Rootfs::Directory { path: request.bundle.join(root.path()), read_only };
+    }
+    Rootfs::Mounts { mounts: request.rootfs.clone(), read_only }
+}

@@ -1,0 +1,112 @@
+//! The pod through containerd's Sandbox API: made from the CRI's configuration, without a container that stands for it.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use oci_spec::runtime::{Mount, MountBuilder, Spec};
+
+use super::Pod;
+use crate::cri::{self, Limits, Role};
+use crate::error::TaskError;
+use crate::vm::Vm;
+
+/// What the CRI asks of a pod.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct SandboxConfig {
+    pub(crate) hostname: String,
+    pub(crate) resolv_conf: String,
+    pub(crate) sysctls: HashMap<String, String>,
+    pub(crate) annotations: HashMap<String, String>,
+    pub(crate) limits: Limits,
+    /// The network namespace that CNI has set up.
+    pub(crate) netns_path: String,
+    /// Its cgroup, as specs name it.
+    pub(crate) cgroups_path: Option<PathBuf>,
+}
+
+impl Pod {
+    /// Takes the configuration in.
+    pub(crate) fn create_sandbox(&self, id: &str, config: SandboxConfig) -> Result<(), TaskError> {
+        if id != self.id {
+            return Err(TaskError::NotFound { what: "sandbox", id: id.to_owned() });
+        }
+        // A size that cannot be is refused before anything is started.
+        cri::size(&self.config, config.limits, &config.annotations)?;
+        let mut settings = self.settings();
+        if settings.sandbox.is_some() {
+            return Err(TaskError::Exists { what: "sandbox", id: id.to_owned() });
+        }
+        settings.sysctls = config.sysctls.clone();
+        settings.sandbox = Some(config);
+        Ok(())
+    }
+
+    /// The configuration of a sandbox that was created.
+    pub(crate) fn sandbox(&self, id: &str) -> Result<SandboxConfig, TaskError> {
+        let found = self.settings().sandbox.clone().filter(|_| id == self.id);
+        found.ok_or_else(|| TaskError::NotFound { what: "sandbox", id: id.to_owned() })
+    }
+
+    /// Boots its VM.
+    pub(crate) async fn start_sandbox(self: &Arc<Self>, id: &str) -> Result<Arc<Vm>, TaskError> {
+        let config = self.sandbox(id)?;
+        if self.any_vm().is_some() {
+            return Err(TaskError::State { action: "start", id: id.to_owned(), state: "started" });
+        }
+        let size = cri::size(&self.config, config.limits, &config.annotations)?;
+        let hostname = if config.hostname.is_empty() { &self.id } else { &config.hostname };
+        self.boot(hostname, size, Vec::new(), config.cgroups_path.clone()).await
+    }
+
+    /// Ends everything in it.
+    pub(crate) async fn stop_sandbox(&self, id: &str) -> Result<(), TaskError> {
+        self.sandbox(id)?;
+        self.stop_vm().await;
+        Ok(())
+    }
+
+    /// The server is not needed any more.
+    pub(crate) async fn shutdown_sandbox(&self) {
+        self.stop_vm().await;
+        self.settings().sandbox = None;
+        self.shutdown.notify_one();
+    }
+
+    /// Gives a container what its pod has: kernel parameters, and the files of its name and resolver where the spec has none.
+    pub(super) fn apply_sandbox(&self, spec: &mut Spec, role: Role) -> Result<(), TaskError> {
+        if role != Role::Member {
+            return Ok(());
+        }
+        let settings = self.settings().clone();
+        if let Some(linux) = spec.linux_mut() {
+            let mut sysctls = settings.sysctls;
+            sysctls.extend(linux.sysctl().clone().unwrap_or_default());
+            linux.set_sysctl(Some(sysctls));
+        }
+        let Some(sandbox) = settings.sandbox else { return Ok(()) };
+        let mut mounts = spec.mounts().clone().unwrap_or_default();
+        let hostname = if sandbox.hostname.is_empty() { &self.id } else { &sandbox.hostname };
+        let hosts = format!("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{hostname}\n");
+        let files =
+            [("resolv.conf", sandbox.resolv_conf.clone()), ("hostname", format!("{hostname}\n")), ("hosts", hosts)];
+        for (name, text) in files {
+            let destination = Path::new("/etc").join(name);
+            if text.is_empty() || mounts.iter().any(|mount| *mount.destination() == destination) {
+                continue;
+            }
+            let source = self.bundle.join(name);
+            fs::write(&source, text).map_err(TaskError::host(format!("write {}", source.display())))?;
+            mounts.push(bind(source, &destination)?);
+        }
+        spec.set_mounts(Some(mounts));
+        Ok(())
+    }
+}
+
+fn bind(source: PathBuf, destination: &Path) -> Result<Mount, TaskError> {
+    let options = ["bind", "nosuid", "nodev", "noexec"].map(str::to_owned).to_vec();
+    let mount = MountBuilder::default().destination(destination).typ("bind").source(source).options(options);
+    mount.build().map_err(|error| TaskError::Invalid(error.to_string()))
+}

@@ -1,0 +1,129 @@
+//! The VM of a pod, and the way to kill it that needs nobody else.
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime};
+
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use sandbox::artifacts::Artifacts;
+use sandbox::network::Network;
+use sandbox::plan::VmSize;
+use sandbox::{BootRequest, CachePolicy, Sandbox};
+
+use crate::cgroup::HostCgroup;
+use crate::config::Config;
+use crate::error::TaskError;
+use crate::record::Record;
+
+/// Longest time for a friendly end, which writes back what the guest has not.
+const STOP_DEADLINE: Duration = Duration::from_secs(2);
+
+/// A tree to share, by its tag.
+pub(crate) type Share = (String, OwnedFd, CachePolicy);
+
+/// Where a VM belongs on the host.
+#[derive(Clone, Copy)]
+pub(crate) struct Place<'a> {
+    /// Folder of its pod, for the record.
+    pub(crate) bundle: &'a Path,
+    /// Its cgroup, as specs name it.
+    pub(crate) cgroups_path: Option<&'a Path>,
+}
+
+/// A VM that has booted.
+pub(crate) struct Vm {
+    pub(crate) sandbox: Sandbox,
+    pub(crate) size: VmSize,
+    pub(crate) started_at: SystemTime,
+    pidfd: OwnedFd,
+    cgroup: Option<HostCgroup>,
+    /// Somebody wanted it to end.
+    end_asked: AtomicBool,
+}
+
+impl Vm {
+    /// Boots it, and writes down which process it is.
+    pub(crate) async fn boot(
+        config: &Config,
+        name: &str,
+        size: VmSize,
+        shares: Vec<Share>,
+        place: Place<'_>,
+    ) -> Result<Self, TaskError> {
+        let sandbox = Sandbox::boot(BootRequest {
+            name: name.to_owned(),
+            size,
+            network: Network::default(),
+            shares,
+            console: None,
+            artifacts: Artifacts::find()?,
+            deadline: config.vm.boot_deadline(),
+        })
+        .await?;
+        let pid = sandbox.vmm_pid();
+        let identify = || -> std::io::Result<OwnedFd> {
+            let raw = i32::try_from(pid).ok().and_then(Pid::from_raw);
+            let pidfd = pidfd_open(raw.ok_or(std::io::ErrorKind::NotFound)?, PidfdFlags::empty())?;
+            // containerd protects its shims from the OOM killer; what a guest fills is not worth more than others.
+            let _ = std::fs::write(format!("/proc/{pid}/oom_score_adj"), "0");
+            Ok(pidfd)
+        };
+        let cgroup = place.cgroups_path.and_then(|path| match HostCgroup::create(path, pid) {
+            Ok(cgroup) => Some(cgroup),
+            Err(error) => {
+                tracing::warn!(%error, path = %path.display(), "the VMM stays in the cgroup of its starter");
+                None
+            }
+        });
+        let write_down = || {
+            let mut record = Record::of(Some(pid))?;
+            record.cgroup = cgroup.as_ref().map(|cgroup| cgroup.path().to_owned());
+            record.write(place.bundle)?;
+            identify()
+        };
+        let pidfd = write_down().map_err(TaskError::host("write down the VMM's process"))?;
+        let times = sandbox.times();
+        tracing::info!(
+            pid,
+            vcpus = size.vcpus,
+            memory_mib = size.memory_mib,
+            ready_ms = u64::try_from(times.configured.as_millis()).unwrap_or(u64::MAX),
+            "VM booted"
+        );
+        let (started_at, end_asked) = (SystemTime::now(), AtomicBool::new(false));
+        Ok(Self { sandbox, size, started_at, pidfd, cgroup, end_asked })
+    }
+
+    /// Process id of the VMM, which stands for the guest's processes on the host.
+    pub(crate) fn pid(&self) -> u32 {
+        self.sandbox.vmm_pid()
+    }
+
+    /// Ends it as it is. Takes no lock and waits for nothing.
+    pub(crate) fn kill(&self) {
+        self.end_asked.store(true, Ordering::Relaxed);
+        // An error says that it has ended.
+        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+    }
+
+    /// Ends it after the guest has written back what it holds, or at once when that takes too long.
+    pub(crate) async fn stop(&self) {
+        self.end_asked.store(true, Ordering::Relaxed);
+        if tokio::time::timeout(STOP_DEADLINE, self.sandbox.stop()).await.is_err() {
+            self.kill();
+        }
+    }
+
+    /// Lets go of the host, after its end.
+    pub(crate) fn clean_up(&self) {
+        if let Some(cgroup) = &self.cgroup {
+            cgroup.remove();
+        }
+    }
+
+    /// Whether it was to end.
+    pub(crate) fn end_asked(&self) -> bool {
+        self.end_asked.load(Ordering::Relaxed)
+    }
+}

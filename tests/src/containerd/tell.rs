@@ -1,0 +1,62 @@
+//! Tells the checks of a story file to one containerd, one after the other.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::time::Instant;
+
+use super::packages::EMULATED;
+use super::{Containerd, Release};
+
+/// A check and its name.
+pub type Check = (&'static str, fn(&mut Containerd));
+
+/// Names checks for [`tell`].
+#[macro_export]
+macro_rules! checks {
+    ($($check:ident),+ $(,)?) => { &[$((stringify!($check), $check as fn(&mut $crate::containerd::Containerd))),+] };
+}
+
+/// Runs the checks, or the one that `STORY_CHECK` names, with containerd of a release. Each one that fails is printed with the end of the log; the others go on with a new
+/// containerd. In the emulated KVM host a check has a second attempt (`kvm-host/README.md`, Limits), which is printed.
+///
+/// # Panics
+/// When a check failed; the message names each.
+pub fn tell(release: Release, checks: &[Check]) {
+    let mut containerd = Some(Containerd::start(release));
+    let mut failed = Vec::new();
+    let only = std::env::var("STORY_CHECK").ok();
+    assert!(
+        only.is_none() || checks.iter().any(|(name, _)| only.as_deref() == Some(*name)),
+        "no check is named {only:?}"
+    );
+    for (name, check) in checks.iter().filter(|(name, _)| only.as_deref().is_none_or(|only| only == *name)) {
+        let passes = |containerd: &mut Option<Containerd>| attempt(containerd, release, name, *check);
+        let is_emulated = Path::new(EMULATED).exists();
+        if passes(&mut containerd) {
+            continue;
+        }
+        println!("{}: second attempt: {name}", release.name());
+        if !is_emulated || !passes(&mut containerd) {
+            failed.push(*name);
+        }
+    }
+    // Asserts that nothing is left.
+    drop(containerd);
+    assert!(failed.is_empty(), "{} failed: {failed:?}", release.name());
+}
+
+fn attempt(slot: &mut Option<Containerd>, release: Release, name: &str, check: fn(&mut Containerd)) -> bool {
+    let mut containerd = slot.take().unwrap_or_else(|| Containerd::start(release));
+    let started = Instant::now();
+    let result = catch_unwind(AssertUnwindSafe(|| {
+        check(&mut containerd);
+        containerd.assert_idle();
+    }));
+    let verdict = if result.is_ok() { "ok" } else { "FAILED" };
+    println!("{}: {name} ... {verdict} ({:.1} s)", release.name(), started.elapsed().as_secs_f64());
+    match result {
+        Ok(()) => *slot = Some(containerd),
+        Err(_) => containerd.scrap(),
+    }
+    slot.is_some()
+}

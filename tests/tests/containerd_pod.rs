@@ -1,0 +1,216 @@
+//! Pods through containerd's CRI plugin, as the kubelet makes them: with a pause container, and through the sandbox service of the shim.
+
+use std::fs;
+
+use k8s_cri::v1::{LinuxContainerResources, NamespaceMode};
+use tests::checks;
+use tests::containerd::{Check, Containerd, Release, tell};
+use tests::cri::{CONTAINER_RUNNING, ConfigVolume, Cri, Pod, SANDBOX_NOTREADY, SANDBOX_READY, container, mount};
+
+const CHECKS: &[Check] = checks![
+    a_pod_has_its_name_its_resolver_and_its_sysctls,
+    containers_of_a_pod_share_what_the_pod_says,
+    volumes_are_those_of_kubernetes,
+    out_of_memory_is_the_reason_that_the_status_gives,
+    ten_containers_of_a_pod_are_one_vm,
+];
+
+/// The checks of a pod in sandbox mode, which containerd 1.6 does not have.
+const SANDBOX_CHECKS: &[Check] = checks![a_pod_of_the_sandbox_service_runs_containers];
+
+const WAIT: &str = "echo up; trap 'exit 0' TERM; while true; do sleep 0.2; done";
+
+#[test]
+fn bookworm() {
+    tell(Release::Bookworm, CHECKS);
+}
+
+#[test]
+fn trixie() {
+    tell(Release::Trixie, &[CHECKS, SANDBOX_CHECKS].concat());
+}
+
+#[test]
+fn sid() {
+    tell(Release::Sid, &[CHECKS, SANDBOX_CHECKS].concat());
+}
+
+/// The handler of the stories' runtime.
+fn handler() -> &'static str {
+    if Containerd::runtime() == "io.containerd.runc.v2" { "runc" } else { "vm" }
+}
+
+async fn assert_pod_runs(cri: &mut Cri, pod: &Pod) {
+    let one = cri.start(pod, container("one", WAIT)).await.expect("started");
+    pod.log_shows("one", "up");
+    assert_eq!(cri.status(&one).await.state, CONTAINER_RUNNING);
+    assert_eq!(cri.shell(&one, "hostname; cat /proc/1/comm").await, "story-pod\nsh\n");
+    let short = cri.start(pod, container("short", "echo out; echo err >&2; exit 4")).await.expect("started");
+    let ended = cri.until_exited(&short).await;
+    assert_eq!((ended.exit_code, ended.reason.as_str()), (4, "Error"));
+    pod.log_shows("short", "out\n");
+    pod.log_shows("short", "err\n");
+    cri.remove(&short).await.expect("removed");
+    assert_eq!(cri.status(&one).await.state, CONTAINER_RUNNING);
+}
+
+fn a_pod_has_its_name_its_resolver_and_its_sysctls(containerd: &mut Containerd) {
+    containerd.block_on(async {
+        let mut cri = Cri::connect(containerd).await;
+        let mut config = cri.pod_config("story-pod");
+        let linux = config.linux.as_mut().expect("linux");
+        linux.sysctls.insert("net.ipv4.ip_unprivileged_port_start".to_owned(), "80".to_owned());
+        let pod = cri.run_pod(config, handler()).await.expect("a pod");
+        let status = cri.pod_status(&pod).await;
+        assert_eq!(status.state, SANDBOX_READY);
+        assert!(status.network.as_ref().is_some_and(|network| network.ip.starts_with("10.88.")), "{status:?}");
+        assert_pod_runs(&mut cri, &pod).await;
+        let one = cri.start(&pod, container("two", WAIT)).await.expect("started");
+        let resolver = cri.shell(&one, "cat /etc/resolv.conf").await;
+        assert!(resolver.contains("nameserver 192.0.2.53") && resolver.contains("story.example.org"), "{resolver}");
+        assert_eq!(cri.shell(&one, "cat /proc/sys/net/ipv4/ip_unprivileged_port_start").await, "80\n");
+        let resources = LinuxContainerResources { memory_limit_in_bytes: 100 << 20, ..Default::default() };
+        cri.update(&one, resources).await.expect("updated");
+        assert_eq!(cri.shell(&one, "cat /sys/fs/cgroup/memory.max").await, format!("{}\n", 100 << 20));
+        cri.remove_pod(&pod).await.expect("removed");
+        assert_eq!(cri.pod_count().await.expect("listed"), 0);
+    });
+}
+
+fn containers_of_a_pod_share_what_the_pod_says(containerd: &mut Containerd) {
+    containerd.block_on(async {
+        let mut cri = Cri::connect(containerd).await;
+        let mut config = cri.pod_config("story-pod");
+        let linux = config.linux.as_mut().expect("linux");
+        let security = linux.security_context.as_mut().expect("security context");
+        security.namespace_options.as_mut().expect("namespaces").pid = NamespaceMode::Pod.into();
+        let pod = cri.run_pod(config, handler()).await.expect("a pod");
+        let shared = |name: &str, script: &str| {
+            let mut config = container(name, script);
+            let linux = config.linux.as_mut().expect("linux");
+            let security = linux.security_context.as_mut().expect("security context");
+            security.namespace_options.as_mut().expect("namespaces").pid = NamespaceMode::Pod.into();
+            config
+        };
+        let _sleeper = cri.start(&pod, shared("sleeper", "exec sleep 12345")).await.expect("started");
+        let looker = cri.start(&pod, shared("looker", WAIT)).await.expect("started");
+        let processes = cri.shell(&looker, "cat /proc/*/cmdline | tr '\\0' ' '").await;
+        assert!(processes.contains("sleep 12345"), "{processes}");
+        assert_ne!(
+            cri.shell(&looker, "cat /proc/1/comm").await,
+            "sh\n",
+            "the pod's first process is not a container's"
+        );
+        cri.shell(&looker, "echo shared >/dev/shm/note").await;
+        let third = cri.start(&pod, shared("third", WAIT)).await.expect("started");
+        assert_eq!(cri.shell(&third, "cat /dev/shm/note").await, "shared\n");
+        cri.remove_pod(&pod).await.expect("removed");
+        assert_eq!(cri.pod_count().await.expect("listed"), 0);
+    });
+}
+
+fn volumes_are_those_of_kubernetes(containerd: &mut Containerd) {
+    containerd.block_on(async {
+        let mut cri = Cri::connect(containerd).await;
+        let config = cri.pod_config("story-pod");
+        let pod = cri.run_pod(config, handler()).await.expect("a pod");
+        let volumes = containerd.path("volumes");
+        let mut settings = ConfigVolume::create(volumes.join("settings"), "key", "old");
+        let empty = volumes.join("empty");
+        fs::create_dir(&empty).expect("a folder");
+        let log = volumes.join("termination-log");
+        fs::write(&log, "").expect("a file");
+        let with_volumes = |name: &str| {
+            let mut config = container(name, WAIT);
+            config.mounts = vec![
+                mount(settings.path(), "/settings", true),
+                mount(&empty, "/empty", false),
+                mount(&log, "/dev/termination-log", false),
+            ];
+            config
+        };
+        let (first, second) = (with_volumes("first"), with_volumes("second"));
+        let first = cri.start(&pod, first).await.expect("started");
+        let second = cri.start(&pod, second).await.expect("started");
+        assert_eq!(cri.shell(&first, "cat /settings/key").await, "old");
+        settings.update("key", "new");
+        // The guest asks the host again for a name after a second.
+        let watch = "for i in $(seq 100); do grep -q new /settings/key && break; sleep 0.1; done; cat /settings/key";
+        assert_eq!(cri.shell(&first, watch).await, "new");
+        assert_ne!(cri.exec(&first, &["touch", "/settings/x"]).await.expect("executed").0, 0, "it is read-only");
+        cri.shell(&first, "echo from-first >/empty/note; echo last words >/dev/termination-log").await;
+        assert_eq!(cri.shell(&second, "cat /empty/note").await, "from-first\n");
+        assert_eq!(fs::read_to_string(&log).expect("the log"), "last words\n");
+        cri.remove_pod(&pod).await.expect("removed");
+        fs::remove_dir_all(&volumes).expect("nothing holds the volumes");
+    });
+}
+
+fn out_of_memory_is_the_reason_that_the_status_gives(containerd: &mut Containerd) {
+    containerd.block_on(async {
+        let mut cri = Cri::connect(containerd).await;
+        let config = cri.pod_config("story-pod");
+        let pod = cri.run_pod(config, handler()).await.expect("a pod");
+        let mut hungry = container("hungry", "head -c 100m /dev/zero | tail >/dev/null; exit $?");
+        hungry.command = ["sh", "-c", "exec tail /dev/zero"].map(str::to_owned).to_vec();
+        let linux = hungry.linux.as_mut().expect("linux");
+        let memory = LinuxContainerResources { memory_limit_in_bytes: 32 << 20, ..Default::default() };
+        linux.resources = Some(memory);
+        let hungry = cri.start(&pod, hungry).await.expect("started");
+        let ended = cri.until_exited(&hungry).await;
+        assert_eq!((ended.exit_code, ended.reason.as_str()), (137, "OOMKilled"));
+        assert_eq!(cri.pod_status(&pod).await.state, SANDBOX_READY, "the pod goes on");
+        cri.remove_pod(&pod).await.expect("removed");
+    });
+}
+
+fn ten_containers_of_a_pod_are_one_vm(containerd: &mut Containerd) {
+    containerd.block_on(async {
+        let mut cri = Cri::connect(containerd).await;
+        let config = cri.pod_config("story-pod");
+        let pod = cri.run_pod(config, handler()).await.expect("a pod");
+        let mut running = Vec::new();
+        for number in 0..9 {
+            running.push(cri.start(&pod, container(&format!("number-{number}"), WAIT)).await.expect("started"));
+        }
+        for attempt in 0..3 {
+            let mut looping = container("looping", "exit 1");
+            looping.metadata.as_mut().expect("metadata").attempt = attempt;
+            let looping = cri.start(&pod, looping).await.expect("started");
+            assert_eq!(cri.until_exited(&looping).await.exit_code, 1);
+            cri.remove(&looping).await.expect("removed");
+        }
+        for container in &running {
+            assert_eq!(cri.status(container).await.state, CONTAINER_RUNNING);
+        }
+        assert_eq!(containerd.processes("vmm").len(), 1);
+        cri.remove_pod(&pod).await.expect("removed");
+    });
+}
+
+fn a_pod_of_the_sandbox_service_runs_containers(containerd: &mut Containerd) {
+    containerd.block_on(async {
+        let mut cri = Cri::connect(containerd).await;
+        let config = cri.pod_config("story-pod");
+        let pod = cri.run_pod(config, "vm-sandbox").await.expect("a pod");
+        assert_eq!(cri.pod_status(&pod).await.state, SANDBOX_READY);
+        assert_pod_runs(&mut cri, &pod).await;
+        let vmm = containerd.processes("vmm")[0];
+        assert_eq!(containerd.processes("vmm").len(), 1, "a pod is one VM");
+        rustix::process::kill_process(
+            rustix::process::Pid::from_raw(i32::try_from(vmm).expect("a pid")).expect("a pid"),
+            rustix::process::Signal::KILL,
+        )
+        .expect("it runs");
+        let mut states = Vec::new();
+        for _ in 0..100 {
+            states.push(cri.pod_status(&pod).await.state);
+            if states.last() == Some(&SANDBOX_NOTREADY) {
+                break;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+        }
+        assert_eq!(states.last(), Some(&SANDBOX_NOTREADY), "a pod whose VM was killed is not ready");
+        cri.remove_pod(&pod).await.expect("removed");
+    });
+}

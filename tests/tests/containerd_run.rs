@@ -1,0 +1,120 @@
+//! Containers through containerd: `ctr run`, each end of a process, the order of events, signals, pauses, standard input and terminals.
+//!
+//! With `STORY_RUNTIME=io.containerd.runc.v2` the checks are told with runc, which proves that they are right about containerd.
+
+use tests::checks;
+use tests::containerd::{Check, Containerd, Events, Release, tell};
+
+const CHECKS: &[Check] = checks![
+    ctr_runs_a_container_and_exits_as_it_does,
+    the_native_snapshotter_has_a_root_file_system_too,
+    output_and_exit_status_come_to_the_client,
+    events_of_a_process_that_exits_at_once_are_in_order,
+    a_signal_ends_a_container_with_128_and_its_number,
+    a_container_that_was_not_started_is_deleted,
+    a_command_that_is_not_there_is_refused_and_leaves_nothing,
+    a_paused_container_does_nothing_until_it_is_resumed,
+];
+
+#[test]
+fn bookworm() {
+    tell(Release::Bookworm, CHECKS);
+}
+
+#[test]
+fn trixie() {
+    tell(Release::Trixie, CHECKS);
+}
+
+#[test]
+fn sid() {
+    tell(Release::Sid, CHECKS);
+}
+
+const SLEEP: [&str; 2] = ["sleep", "1000"];
+
+fn ctr_runs_a_container_and_exits_as_it_does(containerd: &mut Containerd) {
+    let ran = containerd.run("one", &[], &["sh", "-c", "echo out; echo err >&2; exit 7"]);
+    assert_eq!((ran.code, ran.stdout.as_str(), ran.stderr.as_str()), (7, "out\n", "err\n"), "{ran:?}");
+}
+
+fn the_native_snapshotter_has_a_root_file_system_too(containerd: &mut Containerd) {
+    let ran = containerd.run("one", &["--snapshotter", "native"], &["sh", "-c", "echo kept >/note; cat /note"]);
+    assert_eq!(ran.success(), "kept\n", "{ran:?}");
+}
+
+fn output_and_exit_status_come_to_the_client(containerd: &mut Containerd) {
+    let client = containerd.client();
+    containerd.block_on(async {
+        let (exit_status, output) = client.run("one", &["sh", "-c", "echo out; hostname; exit 3"], |_| {}).await;
+        assert_eq!((exit_status, output.as_str()), (3, "out\none\n"));
+    });
+}
+
+fn events_of_a_process_that_exits_at_once_are_in_order(containerd: &mut Containerd) {
+    let client = containerd.client();
+    containerd.block_on(async {
+        let mut events = Events::subscribe(&client).await.expect("subscribed");
+        let (exit_status, _) = client.run("one", &["true"], |_| {}).await;
+        assert_eq!(exit_status, 0);
+        let seen = events.until("one", "/tasks/delete").await;
+        assert_eq!(events.topics("one"), ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"]);
+        assert_eq!(seen[2].exit_status(), 0);
+    });
+}
+
+fn a_signal_ends_a_container_with_128_and_its_number(containerd: &mut Containerd) {
+    let client = containerd.client();
+    containerd.block_on(async {
+        let script = ["sh", "-c", "trap 'exit 5' TERM; echo up; while true; do sleep 0.1; done"];
+        let mut trapping = client.create("one", &script, |_| {}).await.expect("created");
+        trapping.start().await.expect("started");
+        assert_eq!(trapping.status().await.expect("status"), "RUNNING");
+        trapping.kill(9).await.expect("killed");
+        assert_eq!(trapping.wait().await.expect("waited"), 137);
+        assert_eq!(trapping.status().await.expect("status"), "STOPPED");
+        let again = trapping.kill(9).await.expect_err("it has ended");
+        assert_eq!(again.code(), tonic::Code::NotFound, "{again:?}");
+        assert_eq!(trapping.remove().await.expect("removed"), 137);
+    });
+}
+
+fn a_container_that_was_not_started_is_deleted(containerd: &mut Containerd) {
+    let client = containerd.client();
+    containerd.block_on(async {
+        let created = client.create("one", &SLEEP, |_| {}).await.expect("created");
+        assert_eq!(created.status().await.expect("status"), "CREATED");
+        created.kill(9).await.expect("killed");
+        created.wait().await.expect("waited");
+        created.remove().await.expect("removed");
+    });
+}
+
+fn a_command_that_is_not_there_is_refused_and_leaves_nothing(containerd: &mut Containerd) {
+    let client = containerd.client();
+    containerd.block_on(async {
+        let refusal = match client.create("one", &["/bin/missing"], |_| {}).await {
+            Err(status) => status,
+            Ok(mut created) => {
+                let status = created.start().await.expect_err("it is not there");
+                created.remove().await.expect("removed");
+                status
+            }
+        };
+        assert!(refusal.message().contains("/bin/missing"), "{refusal:?}");
+    });
+}
+
+fn a_paused_container_does_nothing_until_it_is_resumed(containerd: &mut Containerd) {
+    let client = containerd.client();
+    containerd.block_on(async {
+        let mut task = client.create("one", &SLEEP, |_| {}).await.expect("created");
+        task.start().await.expect("started");
+        task.pause().await.expect("paused");
+        assert_eq!(task.status().await.expect("status"), "PAUSED");
+        task.exec("refused", &["true"]).await.map(drop).expect_err("it is paused");
+        task.resume().await.expect("resumed");
+        assert_eq!(task.run("two", &["echo", "goes on"]).await, (0, "goes on\n".to_owned()));
+        assert_eq!(task.kill_and_remove().await.expect("removed"), 137);
+    });
+}
