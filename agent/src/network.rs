@@ -3,15 +3,22 @@
 use std::fs;
 use std::io;
 use std::net::IpAddr;
+use std::path::Path;
+use std::time::Duration;
 
 use agent_api::message::{Interface, Neighbour, Route, SetNetworkRequest};
+use agent_api::{HOSTS_PATH, RESOLV_CONF_PATH};
 use futures::TryStreamExt as _;
+use rtnetlink::packet_route::address::AddressHeaderFlags;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
+use rtnetlink::packet_route::route::RouteScope;
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 use thiserror::Error;
 
-/// Where the resolver's configuration is kept for containers to mount.
-const RESOLV_CONF: &str = "/run/agent/resolv.conf";
+use crate::hotplug;
+
+/// Time that the interface of a device has to appear.
+const DEVICE_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Why the network could not be set.
 #[derive(Debug, Error)]
@@ -48,11 +55,15 @@ async fn apply_with(handle: &Handle, request: &SetNetworkRequest) -> Done {
     for neighbour in &request.neighbours {
         set_neighbour(handle, neighbour).await?;
     }
-    if request.resolv_conf.is_empty() {
-        return Ok(());
+    for (path, text) in [(RESOLV_CONF_PATH, &request.resolv_conf), (HOSTS_PATH, &request.hosts)] {
+        if !text.is_empty() {
+            let folder = Path::new(path).parent().unwrap_or(Path::new("/"));
+            fs::create_dir_all(folder)
+                .and_then(|()| fs::write(path, text))
+                .map_err(|source| NetworkError::Io { action: "write a file for containers", source })?;
+        }
     }
-    let written = fs::create_dir_all("/run/agent").and_then(|()| fs::write(RESOLV_CONF, &request.resolv_conf));
-    written.map_err(|source| NetworkError::Io { action: "write resolv.conf", source })
+    Ok(())
 }
 
 fn failed(action: &'static str, of: &str) -> impl Fn(rtnetlink::Error) -> NetworkError {
@@ -61,13 +72,14 @@ fn failed(action: &'static str, of: &str) -> impl Fn(rtnetlink::Error) -> Networ
 
 async fn set_interface(handle: &Handle, interface: &Interface) -> Done {
     let wanted = if interface.mac.is_empty() { &interface.name } else { &interface.mac };
-    let index = find(handle, &interface.name, &interface.mac).await?;
-    if !interface.mac.is_empty() && !interface.name.is_empty() {
-        // A name can be changed only while the interface is down.
-        let down = LinkUnspec::new_with_index(index).down().build();
-        handle.link().set(down).execute().await.map_err(failed("take down", wanted))?;
-        let named = LinkUnspec::new_with_index(index).name(interface.name.clone()).build();
-        handle.link().set(named).execute().await.map_err(failed("rename", wanted))?;
+    let index = plugged_in(handle, &interface.name, &interface.mac).await?;
+    let named = find(handle, &interface.name, "").await.ok();
+    if !interface.mac.is_empty() && !interface.name.is_empty() && named != Some(index) {
+        if let Some(other) = named {
+            // Two interfaces that came in the other order than their names: this one's turn to be named comes as well.
+            rename(handle, other, format!("unnamed{other}"), wanted).await?;
+        }
+        rename(handle, index, interface.name.clone(), wanted).await?;
     }
     let mut up = LinkUnspec::new_with_index(index).up();
     if interface.mtu > 0 {
@@ -76,10 +88,20 @@ async fn set_interface(handle: &Handle, interface: &Interface) -> Done {
     handle.link().set(up.build()).execute().await.map_err(failed("bring up", wanted))?;
     for text in &interface.addresses {
         let (address, prefix_len) = prefix(text)?;
-        let add = handle.address().add(index, address, prefix_len).replace();
+        let mut add = handle.address().add(index, address, prefix_len).replace();
+        // Whoever gave the address has made sure that it is free; looking again would take a second.
+        add.message_mut().header.flags |= AddressHeaderFlags::Nodad;
         add.execute().await.map_err(failed("add the address", text))?;
     }
     Ok(())
+}
+
+async fn rename(handle: &Handle, index: u32, name: String, wanted: &str) -> Done {
+    // A name can be changed only while the interface is down.
+    let down = LinkUnspec::new_with_index(index).down().build();
+    handle.link().set(down).execute().await.map_err(failed("take down", wanted))?;
+    let named = LinkUnspec::new_with_index(index).name(name).build();
+    handle.link().set(named).execute().await.map_err(failed("rename", wanted))
 }
 
 async fn set_route(handle: &Handle, route: &Route) -> Done {
@@ -87,8 +109,17 @@ async fn set_route(handle: &Handle, route: &Route) -> Done {
     let invalid = || NetworkError::Invalid { what: "a route", text: route.destination.clone() };
     let mut message =
         RouteMessageBuilder::<IpAddr>::new().destination_prefix(destination, prefix_len).map_err(|_| invalid())?;
-    if !route.gateway.is_empty() {
+    if route.gateway.is_empty() {
+        // Only then can a gateway lie behind it.
+        message.get_mut().header.scope = if destination.is_ipv4() { RouteScope::Link } else { RouteScope::Universe };
+    } else {
         message = message.gateway(address(&route.gateway)?).map_err(|_| invalid())?;
+    }
+    if route.on_link {
+        message = message.onlink();
+    }
+    if !route.source.is_empty() {
+        message = message.pref_source(address(&route.source)?).map_err(|_| invalid())?;
     }
     if !route.interface.is_empty() {
         message = message.output_interface(find(handle, &route.interface, "").await?);
@@ -104,6 +135,29 @@ async fn set_neighbour(handle: &Handle, neighbour: &Neighbour) -> Done {
     let index = find(handle, &neighbour.interface, "").await?;
     let add = handle.neighbours().add(index, address(&neighbour.address)?).link_layer_address(&mac(&neighbour.mac)?);
     add.replace().execute().await.map_err(failed("add the neighbour", &neighbour.address))
+}
+
+/// As [`find`]; looks at the PCI bus again and waits for an interface whose device was plugged in just now.
+async fn plugged_in(handle: &Handle, name: &str, mac_text: &str) -> Result<u32, NetworkError> {
+    let io = |action| move |source| NetworkError::Io { action, source };
+    // Before the look at the bus, so that no event is missed.
+    let events = hotplug::device_events().map_err(io("listen to events of devices"))?;
+    match find(handle, name, mac_text).await {
+        Err(NetworkError::NoInterface(_)) => hotplug::rescan_pci().map_err(io("look at the PCI bus"))?,
+        done => return done,
+    }
+    let found = async {
+        loop {
+            match find(handle, name, mac_text).await {
+                Err(NetworkError::NoInterface(_)) => {
+                    hotplug::next_event(&events).await.map_err(io("listen to events of devices"))?;
+                }
+                done => return done,
+            }
+        }
+    };
+    let missing = || NetworkError::NoInterface(if mac_text.is_empty() { name } else { mac_text }.to_owned());
+    tokio::time::timeout(DEVICE_DEADLINE, found).await.unwrap_or_else(|_| Err(missing()))
 }
 
 /// The index of the interface with the MAC address if that is given, else with the name.

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use sandbox::artifacts::Artifacts;
+use sandbox::network::Network;
 use sandbox::plan::VmSize;
 use sandbox::{BootRequest, CachePolicy, Sandbox};
 
@@ -53,6 +54,7 @@ impl Vm {
         let sandbox = Sandbox::boot(BootRequest {
             name: name.to_owned(),
             size,
+            network: Network::default(),
             shares,
             console: None,
             artifacts: Artifacts::find()?,

@@ -96,6 +96,7 @@ pub fn config(kernel: Fd) -> VmConfig {
         control: Fd(0),
         vsock: None,
         shares: Vec::new(),
+        networks: Vec::new(),
     }
 }
 

@@ -15,8 +15,10 @@ pub use terminal::Terminal;
 
 pub mod containerd;
 pub mod cri;
+pub mod dns;
 pub mod guest;
 pub mod image;
+pub mod lan;
 pub mod pod;
 pub mod python;
 pub mod registry;

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use oci_spec::runtime::Spec;
 use sandbox::artifacts::Artifacts;
+use sandbox::network::Network;
 use sandbox::plan::{ROOTFS_TAG, VmSize, guest_rootfs};
 use sandbox::share::{Rootfs, rootfs_tree};
 use sandbox::{BootRequest, CachePolicy, CallError, ProcessId, ProcessStreams, Sandbox, WantedStreams};
@@ -27,6 +28,9 @@ pub const FAILED_PRECONDITION: i32 = 9;
 /// A known field that cannot be honoured.
 pub const UNIMPLEMENTED: i32 = 12;
 
+/// Enough for a few shells.
+pub const SMALL: VmSize = VmSize { vcpus: 1, memory_mib: 384 };
+
 /// A VM with a story's root file system.
 pub struct Pod(pub Sandbox);
 
@@ -36,20 +40,21 @@ impl Pod {
     /// # Panics
     /// When it does not boot.
     pub async fn boot(story: &Story) -> Self {
-        Self::boot_with(story, VmSize { vcpus: 1, memory_mib: 384 }).await
+        Self::boot_with(story, SMALL, Network::default()).await
     }
 
-    /// Boots it with a size.
+    /// Boots it with a size and a network.
     ///
     /// # Panics
     /// When it does not boot.
-    pub async fn boot_with(story: &Story, size: VmSize) -> Self {
+    pub async fn boot_with(story: &Story, size: VmSize, network: Network) -> Self {
         let rootfs = Rootfs::Directory { path: story.rootfs(), read_only: false };
         let tree = rootfs_tree(rootfs, &story.scratch()).expect("the root file system is shared");
         let request = BootRequest {
             name: "pod".to_owned(),
             size,
             shares: vec![(ROOTFS_TAG.to_owned(), tree, CachePolicy::Always)],
+            network,
             console: None,
             artifacts: Artifacts::find().expect("VMRUN_VMM, VMRUN_KERNEL and VMRUN_INITRAMFS name the artefacts"),
             deadline: BOOT_DEADLINE,

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
+use sandbox::network::Network;
 use sandbox::plan::VmSize;
 use sandbox::{CallError, ProcessId};
 use tests::Story;
@@ -33,7 +34,7 @@ async fn run(pod: &Pod, id: &str) -> Result<(u32, Vec<u8>), CallError> {
 #[tokio::test(flavor = "current_thread")]
 async fn the_last_bytes_of_a_thousand_short_containers_arrive() {
     let story = Story::new();
-    let pod = Pod::boot_with(&story, VmSize { vcpus: 2, memory_mib: 512 }).await;
+    let pod = Pod::boot_with(&story, VmSize { vcpus: 1, memory_mib: 512 }, Network::default()).await;
     let runs = stream::iter(0..CONTAINER_COUNT).map(async |number| {
         let id = format!("c{number}");
         let (status, output) = run(&pod, &id).await?;

@@ -12,6 +12,7 @@ use vmm_api::fds;
 use crate::event_loop::{EventSet, EventSource};
 use crate::exit::ExitSignal;
 use crate::machine::{add_share, share_name};
+use crate::networks::Networks;
 use crate::vcpu::Vcpus;
 use crate::virtio::pci::PciBus;
 
@@ -26,14 +27,15 @@ pub struct Control {
     fds: VecDeque<OwnedFd>,
     vcpus: Arc<Vcpus>,
     pci: Arc<PciBus>,
+    networks: Networks,
     exit: ExitSignal,
 }
 
 impl Control {
     /// Serves `socket`, which must not block.
     #[must_use]
-    pub fn new(socket: UnixStream, vcpus: Arc<Vcpus>, pci: Arc<PciBus>, exit: ExitSignal) -> Self {
-        Self { socket, received: Vec::new(), fds: VecDeque::new(), vcpus, pci, exit }
+    pub fn new(socket: UnixStream, vcpus: Arc<Vcpus>, pci: Arc<PciBus>, networks: Networks, exit: ExitSignal) -> Self {
+        Self { socket, received: Vec::new(), fds: VecDeque::new(), vcpus, pci, networks, exit }
     }
 
     /// The descriptor to watch for input.
@@ -88,6 +90,11 @@ impl Control {
                 None => Reply::Refused("no descriptor came with the request".to_owned()),
             },
             Request::RemoveShare { tag } => done(self.pci.remove(&share_name(&tag))),
+            // A caller sends one request at a time, so every descriptor that came is this one's.
+            Request::AddNetwork { device } => done(self.networks.add(device, self.fds.drain(..).collect())),
+            Request::RemoveNetwork { name } => done(self.networks.remove(&name)),
+            Request::SetLink { name, up } => done(self.networks.set_link(&name, up)),
+            Request::NetStats => Reply::NetStats(self.networks.stats()),
         }
     }
 }

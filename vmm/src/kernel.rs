@@ -132,6 +132,7 @@ mod tests {
             control: Fd(4),
             vsock: None,
             shares: Vec::new(),
+            networks: Vec::new(),
         }
     }
 

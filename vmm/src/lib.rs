@@ -19,6 +19,7 @@ pub mod kvm;
 pub mod legacy;
 pub mod machine;
 pub mod memory;
+pub mod networks;
 pub mod probe;
 pub mod signals;
 pub mod vcpu;

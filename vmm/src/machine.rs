@@ -24,6 +24,7 @@ use crate::kvm::{self, KvmError};
 use crate::legacy::i8042::{self, I8042};
 use crate::legacy::serial::{self, ConsoleTail, SerialConsole};
 use crate::memory::{self, MemoryError};
+use crate::networks::{NetworkError, Networks};
 use crate::signals;
 use crate::vcpu::{Buses, Vcpus};
 use crate::virtio::GuestMemory;
@@ -72,6 +73,9 @@ pub enum BuildError {
     /// The vsock device.
     #[error(transparent)]
     Vsock(#[from] VsockError),
+    /// A network interface.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// The host refused something.
     #[error("cannot {action}")]
     Host {
@@ -90,6 +94,7 @@ pub struct Machine {
     vcpus: Vec<VcpuFd>,
     buses: Arc<Buses>,
     pci: Arc<PciBus>,
+    networks: Networks,
     registry: Registry,
     exit: ExitSignal,
     tail: ConsoleTail,
@@ -136,11 +141,16 @@ impl Machine {
             let root = take("a share", share.root)?;
             add_share(&pci, &share.tag, root, share.cache, config.vcpus)?;
         }
+        let mut networks = Networks::new(pci.clone(), registry.clone());
+        for network in &config.networks {
+            let fds = network.fds.iter().map(|fd| take("a network interface", *fd)).collect::<Result<_, _>>()?;
+            networks.add(network.device.clone(), fds)?;
+        }
         let tail = ConsoleTail::default();
         let console = config.console.map(|fd| take("the console", fd)).transpose()?.map(File::from);
         let pio = port_bus(&pci, SerialConsole::new(tail.clone(), console), exit.clone());
         let buses = Arc::new(Buses { pio, mmio });
-        Ok(Self { _vm: vm, _memory: memory, vcpus, buses, pci, registry, exit, tail })
+        Ok(Self { _vm: vm, _memory: memory, vcpus, buses, pci, networks, registry, exit, tail })
     }
 
     /// Runs the VM to its end.
@@ -151,7 +161,7 @@ impl Machine {
         // Before the first thread, which inherits what is blocked.
         signals::watch(&self.registry, self.exit.clone())?;
         let vcpus = Arc::new(Vcpus::start(self.vcpus, self.buses, &self.exit)?);
-        let control = Control::new(control.try_clone()?, vcpus, self.pci, self.exit.clone());
+        let control = Control::new(control.try_clone()?, vcpus, self.pci, self.networks, self.exit.clone());
         let fd = control.as_raw_fd();
         self.registry.add(fd, EventSet::IN, 0, Arc::new(Mutex::new(control)))?;
         self.registry.run(|| self.exit.reason().is_some())?;

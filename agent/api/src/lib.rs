@@ -32,3 +32,9 @@ pub const SHARE_DIR: &str = "/run/share";
 
 /// File of the guest that is the init of a container when it is mounted there and run with `init COMMAND`.
 pub const INIT_PATH: &str = "/run/agent/init";
+
+/// File of the guest that containers mount as `/etc/hosts`.
+pub const HOSTS_PATH: &str = "/run/agent/hosts";
+
+/// File of the guest that containers mount as `/etc/resolv.conf`.
+pub const RESOLV_CONF_PATH: &str = "/run/agent/resolv.conf";

@@ -10,6 +10,7 @@ use vmm_api::CachePolicy;
 
 use crate::agent_client::AgentClient;
 use crate::artifacts::Artifacts;
+use crate::network::Network;
 use crate::plan::VmSize;
 use crate::streams::StreamTable;
 use crate::vmm_process::{Spawn, VmmProcess};
@@ -23,6 +24,8 @@ pub struct BootRequest {
     pub size: VmSize,
     /// Trees to share, by tag.
     pub shares: Vec<(String, OwnedFd, CachePolicy)>,
+    /// Its network; the default is none but loopback.
+    pub network: Network,
     /// Where the guest's serial console goes.
     pub console: Option<OwnedFd>,
     /// The program, kernel and image.
@@ -59,6 +62,7 @@ impl Sandbox {
             initramfs: open(&request.artifacts.initramfs)?,
             console: request.console,
             shares: request.shares,
+            networks: request.network.interfaces,
         })?;
         let spawn = start.elapsed();
         let agent = tokio::select! {
@@ -74,8 +78,11 @@ impl Sandbox {
         let agent_ready = start.elapsed();
         let streams = StreamTable::serve(ports.streams);
         agent.configure(&configuration(request.name, share_tags)?).await.map_err(BootError::Configure)?;
+        if request.network.guest != message::SetNetworkRequest::default() {
+            agent.set_network(&request.network.guest).await.map_err(BootError::Configure)?;
+        }
         let times = BootTimes { spawn, agent_ready, configured: start.elapsed() };
-        Ok(Self { agent, streams, vmm, times })
+        Ok(Self { agent, streams, vmm, times, _network: request.network.held })
     }
 }
 

@@ -12,6 +12,7 @@ pub mod artifacts;
 mod boot;
 mod copy;
 pub mod error;
+pub mod network;
 pub mod plan;
 pub mod probe;
 pub mod share;
@@ -39,6 +40,8 @@ pub struct Sandbox {
     streams: StreamTable,
     vmm: VmmProcess,
     times: BootTimes,
+    // Let go after the VMM, which is dropped before it.
+    _network: network::Held,
 }
 
 /// Which streams of a new process the caller wants; the others are `/dev/null`.

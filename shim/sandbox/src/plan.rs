@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use agent_api::{INIT_PATH, SHARE_DIR};
+use agent_api::{HOSTS_PATH, INIT_PATH, RESOLV_CONF_PATH, SHARE_DIR};
 use oci_spec::runtime::{Mount, Spec};
 use thiserror::Error;
 use vmm_api::{MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB};
@@ -199,6 +199,47 @@ pub fn add_init(spec: &mut Spec) {
         let words = [CONTAINER_INIT, "init"].map(str::to_owned).into_iter().chain(command);
         process.set_args(Some(words.collect()));
     }
+}
+
+/// A file that the agent writes about the network.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum GuestFile {
+    /// hosts(5).
+    Hosts,
+    /// resolv.conf(5).
+    ResolvConf,
+}
+
+impl GuestFile {
+    /// Where a container expects it.
+    #[must_use]
+    pub fn container_path(self) -> &'static str {
+        match self {
+            Self::Hosts => "/etc/hosts",
+            Self::ResolvConf => "/etc/resolv.conf",
+        }
+    }
+
+    fn guest_path(self) -> &'static str {
+        match self {
+            Self::Hosts => HOSTS_PATH,
+            Self::ResolvConf => RESOLV_CONF_PATH,
+        }
+    }
+}
+
+/// Mounts a file of the agent into the container, unless that has a mount there. `spec` has guest paths already.
+pub fn add_guest_file(spec: &mut Spec, file: GuestFile) {
+    let mounts = spec.mounts_mut().get_or_insert_default();
+    if mounts.iter().any(|mount| mount.destination() == Path::new(file.container_path())) {
+        return;
+    }
+    let mut mount = Mount::default();
+    mount.set_destination(file.container_path().into());
+    mount.set_typ(Some("bind".to_owned()));
+    mount.set_source(Some(file.guest_path().into()));
+    mount.set_options(Some(["bind", "nosuid", "nodev", "noexec"].map(str::to_owned).to_vec()));
+    mounts.push(mount);
 }
 
 /// Kernel interfaces of the host mean nothing, or too much, in a guest.

@@ -20,8 +20,10 @@ use tokio::net::{UnixDatagram, UnixStream};
 use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, watch};
 use vmm_api::control::{Exit, ExitReason, Message, Reply, Request};
+use vmm_api::net::NetConfig;
 use vmm_api::{CachePolicy, Fd, HostPort, ShareConfig, VmConfig, VsockConfig};
 
+use crate::network::Interface;
 use crate::plan::VmSize;
 use crate::vmm_control::VmmControl;
 use crate::{BootError, ControlError};
@@ -36,6 +38,7 @@ pub(crate) struct Spawn {
     pub(crate) initramfs: OwnedFd,
     pub(crate) console: Option<OwnedFd>,
     pub(crate) shares: Vec<(String, OwnedFd, CachePolicy)>,
+    pub(crate) networks: Vec<Interface>,
 }
 
 /// A running VMM.
@@ -109,6 +112,14 @@ impl VmmProcess {
                 .shares
                 .into_iter()
                 .map(|(tag, root, cache)| ShareConfig { tag, root: passed.add(root), cache })
+                .collect(),
+            networks: spawn
+                .networks
+                .into_iter()
+                .map(|Interface { device, fds }| NetConfig {
+                    device,
+                    fds: fds.into_iter().map(|fd| passed.add(fd)).collect(),
+                })
                 .collect(),
         };
         let config_fd = passed.add(config_file(&config).map_err(host("write the VM's configuration"))?);

@@ -1,13 +1,16 @@
 //! The command line: Docker's names where Docker has them.
 
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use sandbox::network::user::PortForward;
 
 use crate::image::{OpenOptions, PullPolicy};
 use crate::install::{InstallTarget, UninstallTarget};
 use crate::log::Limits;
+use crate::network::{NetworkMode, parse_dns, parse_host, parse_ip, parse_port};
 
 /// Run OCI containers, each in its own microVM.
 #[derive(Debug, Parser)]
@@ -256,6 +259,21 @@ pub(crate) struct RunArgs {
     /// Limit of the log: max-size=SIZE or max-file=COUNT.
     #[arg(long, value_name = "NAME=VALUE")]
     pub(crate) log_opt: Vec<String>,
+    /// Network: none, user, or netns:PATH [default: user when a port or an address is given, else none].
+    #[arg(long, alias = "net", value_name = "MODE")]
+    pub(crate) network: Option<NetworkMode>,
+    /// Let a port of the host reach one of the container.
+    #[arg(short, long, value_name = "[IP:]HOST:GUEST[/udp]", value_parser = parse_port)]
+    pub(crate) publish: Vec<PortForward>,
+    /// Name server of the container, instead of the host's.
+    #[arg(long, value_name = "ADDRESS", value_parser = parse_dns)]
+    pub(crate) dns: Vec<IpAddr>,
+    /// Add a line to the container's /etc/hosts.
+    #[arg(long, value_name = "NAME:ADDRESS", value_parser = parse_host)]
+    pub(crate) add_host: Vec<(String, IpAddr)>,
+    /// IPv4 address of the container.
+    #[arg(long, value_name = "ADDRESS", value_parser = parse_ip)]
+    pub(crate) ip: Option<Ipv4Addr>,
     /// Print the stages of the start with their times on standard error.
     #[arg(long)]
     pub(crate) timing: bool,

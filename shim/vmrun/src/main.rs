@@ -17,6 +17,7 @@ mod inspect;
 mod install;
 mod log;
 mod logs;
+mod network;
 mod ps;
 mod record;
 mod remove;

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow, bail};
 use oci_spec::runtime::{Process, Spec};
 use sandbox::artifacts::Artifacts;
+use sandbox::network::Network;
 use sandbox::plan::{self, ROOTFS_TAG, VOLUMES_TAG, VmSize};
 use sandbox::share::{self, Rootfs};
 use sandbox::state::Status;
@@ -22,7 +23,7 @@ use crate::image::{Image, PullPolicy};
 use crate::log::{Log, LogStream, Stream};
 use crate::record::{Folders, Record, now_ms};
 use crate::signals::{self, Signals};
-use crate::{EXIT_VMRUN_FAILED, complain, control, detach, image, random_hex, spec, stdio, user};
+use crate::{EXIT_VMRUN_FAILED, complain, control, detach, image, network, random_hex, spec, stdio, user};
 
 /// Time that a guest has to boot. Generous: an emulated host takes seconds.
 const BOOT_DEADLINE: Duration = Duration::from_secs(60);
@@ -92,6 +93,7 @@ struct Prepared {
     spec: Spec,
     tree: OwnedFd,
     shares: Vec<(String, OwnedFd, CachePolicy)>,
+    network: Network,
     at: Duration,
 }
 
@@ -143,6 +145,7 @@ impl Run {
             name: self.name.clone(),
             size: self.size,
             shares: prepared.shares,
+            network: prepared.network,
             console,
             artifacts: self.artifacts.clone(),
             deadline: BOOT_DEADLINE,
@@ -200,7 +203,11 @@ impl Run {
             let volumes = share::volumes_tree(planned.volumes, &scratch)?;
             shares.push((VOLUMES_TAG.to_owned(), volumes, CachePolicy::Auto));
         }
-        Ok(Prepared { spec: planned.spec, tree, shares, at: self.start.elapsed() })
+        let mut network = network::create(args, self.size.vcpus)?;
+        if image.bundle.is_none() && network::is_wished(args) {
+            network::tell(args, &self.name, &mut network, &mut planned.spec, &tree);
+        }
+        Ok(Prepared { spec: planned.spec, tree, shares, network, at: self.start.elapsed() })
     }
 
     async fn start_command(

@@ -9,6 +9,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::CachePolicy;
+use crate::net::{NetDevice, NetStats};
 
 /// What a caller can ask of a VM.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
@@ -37,6 +38,25 @@ pub enum Request {
         /// Its mount tag.
         tag: String,
     },
+    /// Plug a network interface in: its descriptors come with the request, see [`crate::net::Backend`].
+    AddNetwork {
+        /// The interface.
+        device: NetDevice,
+    },
+    /// Pull a network interface out.
+    RemoveNetwork {
+        /// Its name.
+        name: String,
+    },
+    /// Give the guest a carrier, or take it away: frames are dropped in both directions then.
+    SetLink {
+        /// The interface.
+        name: String,
+        /// Whether there is a carrier.
+        up: bool,
+    },
+    /// Counters of the network interfaces.
+    NetStats,
 }
 
 /// What the VMM writes to the control socket.
@@ -59,6 +79,8 @@ pub enum Reply {
     State(State),
     /// Answer to [`Request::Stats`].
     Stats(Stats),
+    /// Answer to [`Request::NetStats`].
+    NetStats(Vec<NetStats>),
     /// Refused; the text says why.
     Refused(String),
 }

@@ -9,8 +9,8 @@ use rustix::net::{
     SendFlags, recvmsg, sendmsg,
 };
 
-/// Most descriptors in one message.
-pub const MAX_FDS: usize = 4;
+/// Most descriptors in one message: the queue pairs of a network interface.
+pub const MAX_FDS: usize = 16;
 
 /// Sends `payload` (at least one byte) together with `fds`.
 ///

@@ -6,9 +6,12 @@
 
 pub mod control;
 pub mod fds;
+pub mod net;
 pub mod probe;
 
 use serde::{Deserialize, Serialize};
+
+use net::NetConfig;
 
 /// A file descriptor number that the VMM inherits from its parent.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, PartialEq, Serialize)]
@@ -43,6 +46,8 @@ pub struct VmConfig {
     pub vsock: Option<VsockConfig>,
     /// Shared directories, one virtio-fs device each.
     pub shares: Vec<ShareConfig>,
+    /// Network interfaces.
+    pub networks: Vec<NetConfig>,
 }
 
 /// Most vCPUs of one VM.

@@ -1,6 +1,7 @@
 //! What a virtio device is to the rest of the VMM. A device never sees its transport: it gets its queues when the driver is
 //! ready and gives them up on reset.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use thiserror::Error;
@@ -11,6 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 #[cfg(test)]
 pub(crate) mod driver;
 pub mod fs;
+pub mod net;
 pub mod pci;
 pub mod rng;
 pub mod vsock;
@@ -31,7 +33,7 @@ pub trait VirtioDevice: Send {
     /// Feature bits of the device type; the transport adds its own.
     fn features(&self) -> u64;
     /// Device configuration space, read-only for the driver.
-    fn config(&self) -> &[u8];
+    fn config(&self) -> Cow<'_, [u8]>;
     /// The driver is ready. Called once between two resets.
     ///
     /// # Errors
@@ -49,6 +51,8 @@ pub struct Activation {
     pub features: u64,
     /// One for each of `queue_sizes`, in that order. A queue that the driver did not enable is not `ready`.
     pub queues: Vec<ActiveQueue>,
+    /// Tells the driver that the configuration space has changed.
+    pub config_changed: Interrupt,
 }
 
 /// A queue with its doorbell and its interrupt.

@@ -1,5 +1,6 @@
 //! Entropy device (VIRTIO 1.2, 5.4): fills buffers with random bytes of the host.
 
+use std::borrow::Cow;
 use std::os::fd::AsRawFd as _;
 use std::sync::{Arc, Mutex};
 
@@ -46,8 +47,8 @@ impl VirtioDevice for Rng {
         0
     }
 
-    fn config(&self) -> &[u8] {
-        &[]
+    fn config(&self) -> Cow<'_, [u8]> {
+        Cow::Borrowed(&[])
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {

@@ -4,6 +4,7 @@
 //! Each request queue has a worker thread that answers in place: handing a request to another thread costs more than most
 //! requests do. The share's root arrives as a descriptor; whether it can be written to is a property of its mount.
 
+use std::borrow::Cow;
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::sync::Arc;
@@ -127,8 +128,8 @@ impl VirtioDevice for Fs {
         0
     }
 
-    fn config(&self) -> &[u8] {
-        &self.config
+    fn config(&self) -> Cow<'_, [u8]> {
+        Cow::Borrowed(&self.config)
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {

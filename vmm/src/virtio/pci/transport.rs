@@ -255,7 +255,8 @@ impl Transport {
             let kick = kick.try_clone().map_err(|error| format!("cannot clone an eventfd: {error}"))?;
             queues.push(ActiveQueue { queue, kick, interrupt: self.msix.interrupt(registers.vector) });
         }
-        let activation = Activation { memory: self.memory.clone(), features, queues };
+        let config_changed = self.msix.interrupt(self.registers.config_vector);
+        let activation = Activation { memory: self.memory.clone(), features, queues, config_changed };
         self.device.activate(activation).map_err(|error| error.to_string())
     }
 
@@ -295,8 +296,9 @@ impl BusDevice for Transport {
                 }
             }
             DEVICE_CONFIG => {
+                let config = self.device.config();
                 for (offset, byte) in (at..).zip(data) {
-                    *byte = self.device.config().get(offset).copied().unwrap_or(0);
+                    *byte = config.get(offset).copied().unwrap_or(0);
                 }
             }
             MSIX_TABLE => self.msix.read_table(at, data),

@@ -3,6 +3,7 @@
 //! The guest connects to the ports that the configuration declares; every other connection is reset. A connection is one end
 //! of a socket pair whose other end goes to the port's owner as a descriptor, so nothing is looked up by name.
 
+use std::borrow::Cow;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
@@ -69,8 +70,8 @@ impl VirtioDevice for Vsock {
         0
     }
 
-    fn config(&self) -> &[u8] {
-        &self.config
+    fn config(&self) -> Cow<'_, [u8]> {
+        Cow::Borrowed(&self.config)
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {

@@ -21,8 +21,8 @@ impl VirtioDevice for Told {
     fn features(&self) -> u64 {
         1
     }
-    fn config(&self) -> &[u8] {
-        b"config"
+    fn config(&self) -> std::borrow::Cow<'_, [u8]> {
+        b"config".as_slice().into()
     }
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         assert_eq!(activation.queues.len(), 2);

@@ -9,6 +9,7 @@ use vm_memory::{Bytes as _, GuestAddress};
 use super::super::packet::{VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE, VIRTIO_VSOCK_SHUTDOWN_F_SEND as F_SEND};
 use super::*;
 use crate::event_loop::lock;
+use crate::virtio::Interrupt;
 use crate::virtio::driver::DriverQueue;
 
 const GUEST_CID: u64 = 3;
@@ -35,7 +36,8 @@ impl Guest {
         let (owner, ours) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::NONBLOCK, None).expect("a socket pair");
         let queues = vec![rx.activate(), tx.activate()];
-        let activation = Activation { memory: memory.clone(), features: 0, queues };
+        let config_changed = Interrupt::unheard();
+        let activation = Activation { memory: memory.clone(), features: 0, queues, config_changed };
         let registry = Registry::create().expect("epoll");
         let muxer = Muxer::start(activation, GUEST_CID, Arc::new(vec![(PORT, ours)]), registry).expect("a muxer");
         Self { memory, rx, tx, muxer, owner }

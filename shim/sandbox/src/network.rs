@@ -1,0 +1,159 @@
+//! The network of a sandbox: what carries its frames on the host, and what the guest is told about it.
+//!
+//! ```text
+//!   pod::attach  a network namespace that a CNI plugin has wired: each interface is joined to a TAP interface
+//!   user::start  no set-up on the host: `passt` turns frames into sockets of ours
+//! ```
+//!
+//! Called by `vmrun` and by the containerd shim. Whatever it changes on the host is undone when the [`Network`] is dropped.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use thiserror::Error;
+use vmm_api::net::NetDevice;
+
+use crate::message::SetNetworkRequest;
+
+mod facts;
+mod netns;
+pub mod pod;
+mod redirect;
+mod tap;
+pub mod user;
+
+pub use vmm_api::net::{MacAddress, NetStats, RateLimit};
+
+/// A network for one VM. The default is none but loopback.
+#[derive(Default)]
+pub struct Network {
+    pub(crate) interfaces: Vec<Interface>,
+    /// What the agent sets in the guest.
+    pub(crate) guest: SetNetworkRequest,
+    pub(crate) held: Held,
+}
+
+/// An interface of the VM with the descriptors that carry its frames.
+pub(crate) struct Interface {
+    pub(crate) device: NetDevice,
+    pub(crate) fds: Vec<OwnedFd>,
+}
+
+/// What lives as long as the sandbox.
+#[derive(Default)]
+pub(crate) struct Held {
+    pub(crate) joins: Vec<redirect::Join>,
+    pub(crate) _passt: Option<user::Passt>,
+}
+
+impl Network {
+    /// Text of the guest's `/etc/resolv.conf`, or nothing.
+    #[must_use]
+    pub fn resolv_conf(&self) -> &str {
+        &self.guest.resolv_conf
+    }
+
+    /// Sets the text of the guest's `/etc/hosts`.
+    pub fn set_hosts(&mut self, text: String) {
+        self.guest.hosts = text;
+    }
+
+    /// Whether the guest has anything but loopback.
+    #[must_use]
+    pub fn is_none(&self) -> bool {
+        self.interfaces.is_empty()
+    }
+
+    /// First address of the guest, without the length of its prefix.
+    #[must_use]
+    pub fn first_address(&self) -> Option<&str> {
+        let addresses = self.guest.interfaces.iter().flat_map(|interface| &interface.addresses);
+        addresses.map(|address| address.split('/').next().unwrap_or(address)).next()
+    }
+}
+
+/// Limits and rules of a network, the same for each of its interfaces.
+#[derive(Clone, Debug, Default)]
+pub struct Policy {
+    /// Limit of what reaches the guest.
+    pub rx_limit: RateLimit,
+    /// Limit of what the guest sends.
+    pub tx_limit: RateLimit,
+    /// Whether the guest can only send from the addresses that it was given.
+    pub anti_spoofing: bool,
+}
+
+/// Why there is no network. Nothing of it is left on the host.
+#[derive(Debug, Error)]
+pub enum NetworkError {
+    /// The namespace cannot be opened.
+    #[error("cannot open the network namespace {}", path.display())]
+    OpenNamespace {
+        /// Its path.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The path is something else.
+    #[error("{} is not a network namespace", path.display())]
+    NotANamespace {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The namespace is the host's own.
+    #[error("{} is the host's network: a VM cannot share it (hostNetwork); give the pod a namespace of its own", path.display())]
+    HostNetwork {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The namespace has a VM, or somebody else redirects its frames.
+    #[error("the frames of {interface} are redirected already: another VM uses this network namespace")]
+    Busy {
+        /// The interface.
+        interface: String,
+    },
+    /// The host's kernel refused something.
+    #[error("cannot {action}")]
+    Host {
+        /// What was tried.
+        action: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// The host's kernel refused something by netlink.
+    #[error("cannot {action}")]
+    Netlink {
+        /// What was tried.
+        action: String,
+        /// Why.
+        source: rtnetlink::Error,
+    },
+    /// User mode needs a program.
+    #[error("user-mode networking needs the program `passt`: install the package passt, or use --network none")]
+    NoPasst,
+    /// The program refused its work.
+    #[error("passt did not start: {said}")]
+    Passt {
+        /// Its last words.
+        said: String,
+    },
+}
+
+impl NetworkError {
+    fn host(action: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let action = action.into();
+        move |source| Self::Host { action, source }
+    }
+
+    fn netlink(action: impl Into<String>) -> impl FnOnce(rtnetlink::Error) -> Self {
+        let action = action.into();
+        move |source| Self::Netlink { action, source }
+    }
+}
+
+/// The text of a `resolv.conf` with these name servers (resolv.conf(5)).
+#[must_use]
+pub fn resolv_conf(servers: &[std::net::IpAddr]) -> String {
+    servers.iter().map(|server| format!("nameserver {server}\n")).collect()
+}

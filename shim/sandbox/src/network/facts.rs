@@ -1,0 +1,188 @@
+//! What a CNI plugin has wired into a network namespace: interfaces, addresses, routes and permanent neighbours, read by
+//! netlink.
+
+use std::net::IpAddr;
+
+use futures::TryStreamExt as _;
+use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
+use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage};
+use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState};
+use rtnetlink::packet_route::route::{
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteType,
+};
+use rtnetlink::{Handle, RouteMessageBuilder};
+
+use super::{MacAddress, NetworkError, tap};
+use crate::message::{Interface, Neighbour, Route};
+
+/// An Ethernet interface that is up.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(super) struct Link {
+    pub(super) index: u32,
+    pub(super) name: String,
+    pub(super) mac: MacAddress,
+    pub(super) mtu: u16,
+    /// Addresses without the guest's own link-local ones.
+    pub(super) addresses: Vec<(IpAddr, u8)>,
+}
+
+/// Everything that the guest has to be told.
+#[derive(Debug, Default)]
+pub(super) struct Facts {
+    pub(super) links: Vec<Link>,
+    pub(super) routes: Vec<Route>,
+    pub(super) neighbours: Vec<Neighbour>,
+}
+
+impl Facts {
+    pub(super) async fn read(handle: &Handle) -> Result<Self, NetworkError> {
+        let links: Vec<LinkMessage> = handle
+            .link()
+            .get()
+            .execute()
+            .try_collect()
+            .await
+            .map_err(NetworkError::netlink("list the interfaces of the network namespace"))?;
+        let mut links: Vec<Link> = links.iter().filter_map(link).collect();
+        let addresses: Vec<AddressMessage> = handle
+            .address()
+            .get()
+            .execute()
+            .try_collect()
+            .await
+            .map_err(NetworkError::netlink("list the addresses of the network namespace"))?;
+        for link in &mut links {
+            link.addresses = addresses.iter().filter_map(|message| address(message, link.index)).collect();
+        }
+        let (mut routes, mut neighbours) = (Vec::new(), Vec::new());
+        for family in [RouteMessageBuilder::<std::net::Ipv4Addr>::new().build(), v6_query()] {
+            let found: Vec<RouteMessage> = handle
+                .route()
+                .get(family)
+                .execute()
+                .try_collect()
+                .await
+                .map_err(NetworkError::netlink("list the routes of the network namespace"))?;
+            routes.extend(found.iter().filter_map(|message| route(message, &links)));
+        }
+        // A gateway must be reachable before a route goes through it.
+        routes.sort_by_key(|route| !route.gateway.is_empty());
+        let found: Vec<NeighbourMessage> = handle
+            .neighbours()
+            .get()
+            .execute()
+            .try_collect()
+            .await
+            .map_err(NetworkError::netlink("list the neighbours of the network namespace"))?;
+        neighbours.extend(found.iter().filter_map(|message| neighbour(message, &links)));
+        Ok(Self { links, routes, neighbours })
+    }
+
+    /// The interfaces as the agent is told of them.
+    pub(super) fn guest_interfaces(&self) -> Vec<Interface> {
+        let text = |(address, len): &(IpAddr, u8)| format!("{address}/{len}");
+        let interface = |link: &Link| Interface {
+            name: link.name.clone(),
+            mac: link.mac.to_string(),
+            addresses: link.addresses.iter().map(text).collect(),
+            mtu: link.mtu.into(),
+            ..Default::default()
+        };
+        self.links.iter().map(interface).collect()
+    }
+}
+
+fn v6_query() -> RouteMessage {
+    RouteMessageBuilder::<std::net::Ipv6Addr>::new().build()
+}
+
+fn link(message: &LinkMessage) -> Option<Link> {
+    let flags = message.header.flags;
+    let ethernet = message.header.link_layer_type == LinkLayerType::Ether;
+    if !ethernet || !flags.contains(LinkFlags::Up) || flags.contains(LinkFlags::Loopback) {
+        return None;
+    }
+    let (mut name, mut mac, mut mtu) = (None, None, None);
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::IfName(text) => name = Some(text.clone()),
+            LinkAttribute::Address(bytes) => mac = <[u8; 6]>::try_from(bytes.as_slice()).ok().map(MacAddress),
+            LinkAttribute::Mtu(bytes) => mtu = Some(u16::try_from(*bytes).unwrap_or(u16::MAX)),
+            _ => {}
+        }
+    }
+    let name = name.filter(|name| !name.starts_with(tap::PREFIX))?;
+    Some(Link { index: message.header.index, name, mac: mac?, mtu: mtu?, addresses: Vec::new() })
+}
+
+fn address(message: &AddressMessage, link_index: u32) -> Option<(IpAddr, u8)> {
+    if message.header.index != link_index || message.header.scope == AddressScope::Link {
+        return None;
+    }
+    let own = |attribute: &AddressAttribute| match attribute {
+        AddressAttribute::Local(address) => Some(*address),
+        _ => None,
+    };
+    let any = |attribute: &AddressAttribute| match attribute {
+        AddressAttribute::Address(address) => Some(*address),
+        _ => None,
+    };
+    // With a peer, `Address` is the peer's.
+    let found = message.attributes.iter().find_map(own).or_else(|| message.attributes.iter().find_map(any))?;
+    Some((found, message.header.prefix_len))
+}
+
+fn route(message: &RouteMessage, links: &[Link]) -> Option<Route> {
+    let header = &message.header;
+    let main = header.table == RouteHeader::RT_TABLE_MAIN && header.kind == RouteType::Unicast;
+    // The kernel makes its own from the addresses, in the guest as well.
+    if !main || matches!(header.protocol, RouteProtocol::Kernel | RouteProtocol::Ra) {
+        return None;
+    }
+    let unspecified = if header.address_family == AddressFamily::Inet { "0.0.0.0" } else { "::" };
+    let mut route = Route { destination: format!("{unspecified}/0"), ..Default::default() };
+    let mut link = None;
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Destination(address) => {
+                route.destination = format!("{}/{}", ip(address)?, header.destination_prefix_length);
+            }
+            RouteAttribute::Gateway(address) => route.gateway = ip(address)?.to_string(),
+            RouteAttribute::PrefSource(address) => route.source = ip(address)?.to_string(),
+            RouteAttribute::Priority(metric) => route.metric = *metric,
+            RouteAttribute::Oif(index) => link = links.iter().find(|link| link.index == *index),
+            _ => {}
+        }
+    }
+    route.interface = link?.name.clone();
+    route.on_link = header.flags.contains(RouteFlags::Onlink);
+    Some(route)
+}
+
+fn ip(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(address) => Some((*address).into()),
+        RouteAddress::Inet6(address) => Some((*address).into()),
+        _ => None,
+    }
+}
+
+fn neighbour(message: &NeighbourMessage, links: &[Link]) -> Option<Neighbour> {
+    if message.header.state != NeighbourState::Permanent {
+        return None;
+    }
+    let link = links.iter().find(|link| link.index == message.header.ifindex)?;
+    let mut found = Neighbour { interface: link.name.clone(), ..Default::default() };
+    for attribute in &message.attributes {
+        match attribute {
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => found.address = address.to_string(),
+            NeighbourAttribute::Destination(NeighbourAddress::Inet6(address)) => found.address = address.to_string(),
+            NeighbourAttribute::LinkLayerAddress(bytes) => {
+                found.mac = MacAddress(<[u8; 6]>::try_from(bytes.as_slice()).ok()?).to_string();
+            }
+            _ => {}
+        }
+    }
+    (!found.address.is_empty() && !found.mac.is_empty()).then_some(found)
+}

@@ -1,0 +1,119 @@
+//! Joins an interface to a TAP interface: each frame that arrives at one leaves through the other (tc-mirred(8)). The
+//! interface keeps its name, its addresses and its counters, and its peer notices nothing.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use futures::TryStreamExt as _;
+use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
+use rtnetlink::packet_route::tc::TcHandle;
+use rtnetlink::{Error, Handle, LinkUnspec};
+
+use super::facts::Link;
+use super::{NetworkError, netns, tap};
+
+/// Parent of filters for frames that arrive (linux/pkt_sched.h).
+const INGRESS_PARENT: u32 = 0xffff_0000;
+/// linux/if_ether.h
+const ETH_P_ALL: u16 = 0x0003;
+const EEXIST: i32 = 17;
+
+/// A joined interface; let go when dropped.
+pub(crate) struct Join {
+    namespace: Arc<OwnedFd>,
+    link_index: i32,
+}
+
+impl Join {
+    /// Makes a TAP interface with `queue_count` queues and joins it to `link`. Runs in the namespace.
+    pub(super) async fn create(
+        handle: &Handle,
+        namespace: &Arc<OwnedFd>,
+        link: &Link,
+        queue_count: u8,
+    ) -> Result<(Self, Vec<OwnedFd>), NetworkError> {
+        let link_index = index(link.index);
+        ingress(handle, link).await?;
+        // From here on the undo is in place.
+        let join = Self { namespace: namespace.clone(), link_index };
+        let (tap_name, fds) =
+            tap::create(queue_count).map_err(NetworkError::host(format!("make a TAP interface for {}", link.name)))?;
+        let tap_index = find(handle, &tap_name).await?;
+        // The host has nothing to say to the guest on its own; without IPv6 in the kernel there is no such file.
+        let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{tap_name}/disable_ipv6"), "1");
+        let up = LinkUnspec::new_with_index(tap_index).mtu(link.mtu.into()).up().build();
+        let failed = |action: &str| NetworkError::netlink(format!("{action} {tap_name}"));
+        handle.link().set(up).execute().await.map_err(failed("bring up"))?;
+        let queue = handle.qdisc().add(index(tap_index)).ingress();
+        queue.execute().await.map_err(failed("add an ingress queue to"))?;
+        redirect(handle, link.index, tap_index).await.map_err(failed("redirect frames to"))?;
+        redirect(handle, tap_index, link.index).await.map_err(failed("redirect frames from"))?;
+        Ok((join, fds))
+    }
+}
+
+impl Drop for Join {
+    fn drop(&mut self) {
+        let link_index = self.link_index;
+        let undone = netns::enter(&self.namespace, async move |handle| {
+            remove_ingress(&handle, link_index).await.map_err(NetworkError::netlink("remove the ingress queue"))
+        });
+        if let Err(error) = undone {
+            // The interface is usually gone: its plugin removes it with the namespace.
+            tracing::debug!(%error, link_index, "an interface was not let go");
+        }
+    }
+}
+
+/// Adds the queue that filters hang on. One that a killed owner left is replaced.
+async fn ingress(handle: &Handle, link: &Link) -> Result<(), NetworkError> {
+    let add = || handle.qdisc().add(index(link.index)).ingress().execute();
+    let failed = || NetworkError::netlink(format!("add an ingress queue to {}", link.name));
+    match add().await {
+        Err(Error::NetlinkError(error)) if error.raw_code() == -EEXIST => {}
+        done => return done.map_err(failed()),
+    }
+    if in_use(handle).await? {
+        return Err(NetworkError::Busy { interface: link.name.clone() });
+    }
+    remove_ingress(handle, index(link.index)).await.map_err(failed())?;
+    add().await.map_err(failed())
+}
+
+/// A TAP interface lives as long as its VM.
+async fn in_use(handle: &Handle) -> Result<bool, NetworkError> {
+    let links: Vec<LinkMessage> = handle
+        .link()
+        .get()
+        .execute()
+        .try_collect()
+        .await
+        .map_err(NetworkError::netlink("list the interfaces of the network namespace"))?;
+    let ours =
+        |attribute: &LinkAttribute| matches!(attribute, LinkAttribute::IfName(name) if name.starts_with(tap::PREFIX));
+    Ok(links.iter().any(|link| link.attributes.iter().any(ours)))
+}
+
+async fn remove_ingress(handle: &Handle, link_index: i32) -> Result<(), Error> {
+    let mut request = handle.qdisc().del(link_index);
+    request.message_mut().header.parent = TcHandle::INGRESS;
+    request.execute().await
+}
+
+async fn redirect(handle: &Handle, from: u32, to: u32) -> Result<(), Error> {
+    let filter = handle.traffic_filter(index(from)).add().parent(INGRESS_PARENT).priority(1);
+    // The kernel wants the protocol as it is in a frame.
+    filter.protocol(ETH_P_ALL.to_be()).redirect(to)?.execute().await
+}
+
+async fn find(handle: &Handle, name: &str) -> Result<u32, NetworkError> {
+    let mut links = handle.link().get().match_name(name.to_owned()).execute();
+    let found = links.try_next().await.map_err(NetworkError::netlink(format!("find the interface {name}")))?;
+    let missing = || std::io::Error::from(std::io::ErrorKind::NotFound);
+    found.map(|link| link.header.index).ok_or_else(missing).map_err(NetworkError::host(format!("find {name}")))
+}
+
+/// Netlink has signed numbers for interfaces here.
+fn index(index: u32) -> i32 {
+    i32::try_from(index).expect("the kernel counts interfaces from 1")
+}

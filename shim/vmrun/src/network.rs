@@ -1,0 +1,187 @@
+//! `--network`, `--publish`, `--dns`, `--add-host` and `--ip`: which network a container's VM gets, and the files that tell
+//! the container of it.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use anyhow::{Context as _, Result, bail};
+use oci_spec::runtime::Spec;
+use rustix::fs::{AtFlags, statat};
+use sandbox::network::pod::{PodOptions, attach};
+use sandbox::network::user::{self, PortForward, UserOptions};
+use sandbox::network::{Network, Policy, resolv_conf};
+use sandbox::plan::{self, GuestFile};
+
+use crate::cli::RunArgs;
+
+/// Value of `--network`.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) enum NetworkMode {
+    /// Loopback only.
+    None,
+    /// passt.
+    User,
+    /// A namespace that somebody else has wired.
+    Netns(PathBuf),
+}
+
+impl FromStr for NetworkMode {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            None if text == "none" => Ok(Self::None),
+            None if text == "user" => Ok(Self::User),
+            Some(("netns", path)) if !path.is_empty() => Ok(Self::Netns(path.into())),
+            _ if text == "host" => {
+                Err("a VM does not share the host's network: use user, and --publish for its ports".to_owned())
+            }
+            _ => Err(format!("{text:?} is not none, user or netns:PATH")),
+        }
+    }
+}
+
+/// Reads a value of `--publish`: `[IP:]HOST:GUEST[/tcp|/udp]`, or one port for both.
+pub(crate) fn parse_port(text: &str) -> Result<PortForward, String> {
+    let bad = || format!("{text:?} is not [IP:]HOST:GUEST[/udp]");
+    let (ports, protocol) = text.rsplit_once('/').unwrap_or((text, "tcp"));
+    let udp = match protocol {
+        "tcp" => false,
+        "udp" => true,
+        _ => return Err(bad()),
+    };
+    let port = |text: &str| text.parse::<u16>().ok().filter(|port| *port > 0).ok_or_else(bad);
+    let (rest, guest) = ports.rsplit_once(':').unwrap_or((ports, ports));
+    let (address, host) = match rest.rsplit_once(':') {
+        Some((address, host)) => (Some(address), host),
+        None => (None, rest),
+    };
+    let address = address.map(|address| address.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>());
+    let host_address = address.transpose().map_err(|_| bad())?;
+    Ok(PortForward { host_address, host_port: port(host)?, guest_port: port(guest)?, udp })
+}
+
+/// Reads a value of `--add-host`: `NAME:ADDRESS`.
+pub(crate) fn parse_host(text: &str) -> Result<(String, IpAddr), String> {
+    let bad = || format!("{text:?} is not NAME:ADDRESS");
+    let (name, address) = text.split_once([':', '=']).ok_or_else(bad)?;
+    let address = address.trim_start_matches('[').trim_end_matches(']').parse().map_err(|_| bad())?;
+    if name.is_empty() || name.contains(char::is_whitespace) {
+        return Err(bad());
+    }
+    Ok((name.to_owned(), address))
+}
+
+/// Makes the network that the command line asks for, with a pair of queues for each vCPU. Without a wish it is none.
+pub(crate) fn create(args: &RunArgs, vcpus: u8) -> Result<Network> {
+    let wished = if args.publish.is_empty() && args.ip.is_none() { NetworkMode::None } else { NetworkMode::User };
+    match args.network.as_ref().unwrap_or(&wished) {
+        NetworkMode::Netns(path) => {
+            refuse_ports(args, "the plugin that wired the namespace forwards its ports and gives addresses")?;
+            let resolv_conf = resolv_conf(&args.dns);
+            let options = PodOptions { queue_pairs: vcpus, resolv_conf, policy: Policy::default() };
+            attach(path, &options).context("cannot use the network namespace")
+        }
+        NetworkMode::None => {
+            refuse_ports(args, "a container without a network has none")?;
+            Ok(Network::default())
+        }
+        NetworkMode::User => user::start(&user_options(args)?).context("cannot make the network"),
+    }
+}
+
+/// Whether the container is to be told anything of a network.
+pub(crate) fn is_wished(args: &RunArgs) -> bool {
+    args.network.is_some()
+        || !(args.publish.is_empty() && args.ip.is_none() && args.dns.is_empty() && args.add_host.is_empty())
+}
+
+fn refuse_ports(args: &RunArgs, why: &str) -> Result<()> {
+    match (args.publish.is_empty(), args.ip) {
+        (false, _) => bail!("--publish needs --network user: {why}"),
+        (_, Some(_)) => bail!("--ip needs --network user: {why}"),
+        _ => Ok(()),
+    }
+}
+
+fn user_options(args: &RunArgs) -> Result<UserOptions> {
+    if args.ip.is_some_and(|ip| matches!(ip.octets()[3], 0 | 1 | 3 | 255)) {
+        bail!("--ip: .1 is the gateway's and .3 the resolver's; use another address of the network");
+    }
+    Ok(UserOptions { address: args.ip, ports: args.publish.clone(), dns: args.dns.clone(), policy: Policy::default() })
+}
+
+/// Tells the container of its network by `/etc/hosts` and `/etc/resolv.conf`, unless it brings its own.
+pub(crate) fn tell(args: &RunArgs, name: &str, network: &mut Network, spec: &mut Spec, tree: &OwnedFd) {
+    let hostname = args.hostname.as_deref().unwrap_or(name);
+    network.set_hosts(hosts(hostname, network.first_address(), &args.add_host));
+    let mut files = vec![GuestFile::Hosts];
+    if !network.resolv_conf().is_empty() {
+        files.push(GuestFile::ResolvConf);
+    }
+    for file in files {
+        // A file that is not there can be mounted only where it can be made.
+        let there = statat(tree, file.container_path().trim_start_matches('/'), AtFlags::empty()).is_ok();
+        if there || !args.read_only {
+            plan::add_guest_file(spec, file);
+        }
+    }
+}
+
+fn hosts(hostname: &str, address: Option<&str>, added: &[(String, IpAddr)]) -> String {
+    let mut text = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n".to_owned();
+    let own = address.map_or_else(|| Ipv4Addr::LOCALHOST.to_string(), str::to_owned);
+    for (name, address) in added {
+        text.push_str(&format!("{address}\t{name}\n"));
+    }
+    text.push_str(&format!("{own}\t{hostname}\n"));
+    text
+}
+
+/// Reads an address for `--ip`.
+pub(crate) fn parse_ip(text: &str) -> Result<Ipv4Addr, String> {
+    text.parse().map_err(|_| format!("{text:?} is not an IPv4 address"))
+}
+
+/// The address of a name server.
+pub(crate) fn parse_dns(text: &str) -> Result<IpAddr, String> {
+    text.parse().map_err(|_| format!("{text:?} is not an IP address"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ports_are_read_as_docker_reads_them() {
+        let tcp = PortForward { host_address: None, host_port: 8080, guest_port: 80, udp: false };
+        assert_eq!(parse_port("8080:80"), Ok(tcp));
+        assert_eq!(parse_port("8080:80/tcp"), Ok(tcp));
+        assert_eq!(parse_port("80"), Ok(PortForward { host_port: 80, ..tcp }));
+        let local = PortForward { host_address: Some("127.0.0.1".parse().expect("v4")), udp: true, ..tcp };
+        assert_eq!(parse_port("127.0.0.1:8080:80/udp"), Ok(local));
+        let v6 = PortForward { host_address: Some("::1".parse().expect("v6")), ..tcp };
+        assert_eq!(parse_port("[::1]:8080:80"), Ok(v6));
+        for bad in ["", "x", "80:x", "0:80", "70000:80", "8080:80/sctp", "a:8080:80"] {
+            assert!(parse_port(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn networks_are_named() {
+        assert_eq!("none".parse(), Ok(NetworkMode::None));
+        assert_eq!("netns:/run/netns/a".parse(), Ok(NetworkMode::Netns("/run/netns/a".into())));
+        assert!("host".parse::<NetworkMode>().expect_err("refused").contains("host's network"));
+        assert!("netns:".parse::<NetworkMode>().is_err());
+    }
+
+    #[test]
+    fn hosts_name_the_container_and_what_was_added() {
+        let added = [parse_host("db:10.0.0.9").expect("a host"), parse_host("six:[fd00::1]").expect("a host")];
+        let text = hosts("box", Some("10.213.0.2"), &added);
+        assert!(text.contains("\n10.0.0.9\tdb\nfd00::1\tsix\n10.213.0.2\tbox\n"), "{text}");
+        assert!(parse_host("db").is_err() && parse_host(":10.0.0.1").is_err());
+    }
+}

@@ -1,0 +1,86 @@
+//! The control queue (VIRTIO 1.2, 5.1.6.5): the driver says how many queue pairs it uses. Works on the event loop.
+
+use std::os::fd::AsRawFd as _;
+use std::sync::Arc;
+
+use virtio_queue::{DescriptorChain, QueueT as _};
+use vm_memory::Bytes as _;
+
+use super::MAX_CHAIN_LEN;
+use super::shared::Shared;
+use crate::event_loop::{EventSet, EventSource};
+use crate::virtio::{ActiveQueue, GuestMemory};
+
+const VIRTIO_NET_CTRL_MQ: u8 = 4;
+const VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET: u8 = 0;
+const VIRTIO_NET_OK: u8 = 0;
+const VIRTIO_NET_ERR: u8 = 1;
+/// Class, command and a number of pairs.
+const COMMAND_LEN: usize = 4;
+
+/// The queue.
+pub(super) struct ControlQueue {
+    pub(super) memory: Arc<GuestMemory>,
+    pub(super) queue: ActiveQueue,
+    pub(super) shared: Arc<Shared>,
+    pub(super) max_pairs: u16,
+}
+
+impl ControlQueue {
+    /// The descriptor to watch.
+    pub(super) fn as_raw_fd(&self) -> i32 {
+        self.queue.kick.as_raw_fd()
+    }
+
+    /// Answers one command; returns the length written.
+    fn answer(&self, chain: DescriptorChain<Arc<GuestMemory>>) -> u32 {
+        let mut command = Vec::new();
+        for buffer in chain.clone().readable().take(MAX_CHAIN_LEN) {
+            let at = command.len();
+            command.resize(at + (COMMAND_LEN - at).min(buffer.len() as usize), 0);
+            if self.memory.read_slice(&mut command[at..], buffer.addr()).is_err() {
+                return 0;
+            }
+        }
+        let ack = if self.obey(&command) { VIRTIO_NET_OK } else { VIRTIO_NET_ERR };
+        let place = chain.writable().take(MAX_CHAIN_LEN).find(|buffer| buffer.len() > 0);
+        let written = place.is_some_and(|buffer| self.memory.write_obj(ack, buffer.addr()).is_ok());
+        u32::from(written)
+    }
+
+    fn obey(&self, command: &[u8]) -> bool {
+        let [VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, low, high] = command else { return false };
+        let pairs = u16::from_le_bytes([*low, *high]);
+        if !(1..=self.max_pairs).contains(&pairs) {
+            return false;
+        }
+        self.shared.set_active_pairs(pairs);
+        true
+    }
+}
+
+impl EventSource for ControlQueue {
+    fn on_event(&mut self, _token: u64, _ready: EventSet) {
+        // The counter is of no interest; a spurious wake finds no command.
+        let _ = self.queue.kick.read();
+        let mut used_any = false;
+        for _ in 0..=self.queue.queue.size() {
+            let Some(chain) = self.queue.queue.pop_descriptor_chain(self.memory.clone()) else {
+                match self.queue.queue.enable_notification(&*self.memory) {
+                    Ok(true) => continue,
+                    _ => break,
+                }
+            };
+            let head = chain.head_index();
+            let written = self.answer(chain);
+            if self.queue.queue.add_used(&*self.memory, head, written).is_err() {
+                return;
+            }
+            used_any = true;
+        }
+        if used_any && self.queue.queue.needs_notification(&*self.memory).unwrap_or(true) {
+            // The driver polls for the answer as well.
+            let _ = self.queue.interrupt.trigger();
+        }
+    }
+}
