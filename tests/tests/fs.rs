@@ -76,19 +76,6 @@ fn a_read_only_volume_is_read_only_for_the_guests_root_and_in_every_mount_below_
 }
 
 #[test]
-fn what_the_host_writes_is_seen_at_the_next_open() {
-    let story = Story::new();
-    fs::write(story.volume().join("file"), "one").expect("file");
-    let mut guest = Python::start(&story, &["-v", &volume(&story)]);
-    guest.exec("os.chdir('/mnt')");
-    assert_eq!(guest.eval("open('file').read(), open('file').read()"), "('one', 'one')");
-    fs::write(story.volume().join("file"), "two").expect("file");
-    assert_eq!(guest.eval("open('file').read()"), "two");
-    assert_eq!(guest.eval("open('file').read()"), "two");
-    assert_eq!(guest.end(), 0);
-}
-
-#[test]
 fn names_links_and_special_files_behave_as_on_a_local_file_system() {
     let story = Story::new();
     let mut guest = Python::start(&story, &["-v", &volume(&story)]);
