@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 use rustix::process::{Pid, Signal, kill_process};
-use tests::containerd::{Check, Client, Containerd, Process, Release, Streams, tell};
+use tests::containerd::{Check, Client, Containerd, Process, Streams};
 use tests::{checks, eventually};
 
 const CHECKS: &[Check] = checks![
@@ -18,20 +18,7 @@ const CHECKS: &[Check] = checks![
     cycles_leave_nothing,
 ];
 
-#[test]
-fn bookworm() {
-    tell(Release::Bookworm, CHECKS);
-}
-
-#[test]
-fn trixie() {
-    tell(Release::Trixie, CHECKS);
-}
-
-#[test]
-fn sid() {
-    tell(Release::Sid, CHECKS);
-}
+tests::tell_each_release!(CHECKS);
 
 const SLEEP: [&str; 2] = ["sleep", "1000"];
 

@@ -7,7 +7,7 @@ use std::io::{Read as _, Write as _};
 
 use serde_json::json;
 use tests::checks;
-use tests::containerd::{Check, Containerd, Events, Release, Streams, process, tell};
+use tests::containerd::{Check, Containerd, Events, Streams, process};
 use tonic::Code;
 
 const CHECKS: &[Check] = checks![
@@ -19,20 +19,7 @@ const CHECKS: &[Check] = checks![
     output_goes_to_a_file,
 ];
 
-#[test]
-fn bookworm() {
-    tell(Release::Bookworm, CHECKS);
-}
-
-#[test]
-fn trixie() {
-    tell(Release::Trixie, CHECKS);
-}
-
-#[test]
-fn sid() {
-    tell(Release::Sid, CHECKS);
-}
+tests::tell_each_release!(CHECKS);
 
 const SLEEP: [&str; 2] = ["sleep", "1000"];
 

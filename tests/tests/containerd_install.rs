@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use tests::checks;
-use tests::containerd::{Check, Containerd, Release, tell};
+use tests::containerd::{Check, Containerd};
 use tests::cri::{Cri, SANDBOX_READY};
 use tests::{Outcome, outcome};
 
@@ -17,20 +17,7 @@ const CHECKS: &[Check] = checks![
 /// The image of the README's commands, which a story has no registry for.
 const README_IMAGE: &str = "docker.io/library/busybox:latest";
 
-#[test]
-fn bookworm() {
-    tell(Release::Bookworm, CHECKS);
-}
-
-#[test]
-fn trixie() {
-    tell(Release::Trixie, CHECKS);
-}
-
-#[test]
-fn sid() {
-    tell(Release::Sid, CHECKS);
-}
+tests::tell_each_release!(CHECKS);
 
 /// `vmrun` in containerd's place; the link to the shim is only what it makes.
 fn vmrun(containerd: &Containerd, arguments: &[&str]) -> Outcome {

@@ -3,7 +3,7 @@
 //! With `STORY_RUNTIME=io.containerd.runc.v2` the checks are told with runc, which proves that they are right about containerd.
 
 use tests::checks;
-use tests::containerd::{Check, Containerd, Events, Release, tell};
+use tests::containerd::{Check, Containerd, Events};
 
 const CHECKS: &[Check] = checks![
     ctr_runs_a_container_and_exits_as_it_does,
@@ -16,20 +16,7 @@ const CHECKS: &[Check] = checks![
     a_paused_container_does_nothing_until_it_is_resumed,
 ];
 
-#[test]
-fn bookworm() {
-    tell(Release::Bookworm, CHECKS);
-}
-
-#[test]
-fn trixie() {
-    tell(Release::Trixie, CHECKS);
-}
-
-#[test]
-fn sid() {
-    tell(Release::Sid, CHECKS);
-}
+tests::tell_each_release!(CHECKS);
 
 const SLEEP: [&str; 2] = ["sleep", "1000"];
 

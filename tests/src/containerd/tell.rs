@@ -16,6 +16,27 @@ macro_rules! checks {
     ($($check:ident),+ $(,)?) => { &[$((stringify!($check), $check as fn(&mut $crate::containerd::Containerd))),+] };
 }
 
+/// Makes a test of each release, which tells its containerd the checks.
+#[macro_export]
+macro_rules! tell_each_release {
+    ($checks:expr) => {
+        #[test]
+        fn bookworm() {
+            $crate::containerd::tell($crate::containerd::Release::Bookworm, $checks);
+        }
+
+        #[test]
+        fn trixie() {
+            $crate::containerd::tell($crate::containerd::Release::Trixie, $checks);
+        }
+
+        #[test]
+        fn sid() {
+            $crate::containerd::tell($crate::containerd::Release::Sid, $checks);
+        }
+    };
+}
+
 /// Runs the checks, or the one that `STORY_CHECK` names, with containerd of a release. Each one that fails is printed with the end of the log; the others go on with a new
 /// containerd. In the emulated KVM host a check has a second attempt (`kvm-host/README.md`, Limits), which is printed.
 ///

@@ -35,16 +35,15 @@ pub(super) struct Facts {
     pub(super) neighbours: Vec<Neighbour>,
 }
 
+/// Every interface of the namespace.
+pub(super) async fn interfaces(handle: &Handle) -> Result<Vec<LinkMessage>, NetworkError> {
+    let found = handle.link().get().execute().try_collect().await;
+    found.map_err(NetworkError::netlink("list the interfaces of the network namespace"))
+}
+
 impl Facts {
     pub(super) async fn read(handle: &Handle) -> Result<Self, NetworkError> {
-        let links: Vec<LinkMessage> = handle
-            .link()
-            .get()
-            .execute()
-            .try_collect()
-            .await
-            .map_err(NetworkError::netlink("list the interfaces of the network namespace"))?;
-        let mut links: Vec<Link> = links.iter().filter_map(link).collect();
+        let mut links: Vec<Link> = interfaces(handle).await?.iter().filter_map(link).collect();
         let addresses: Vec<AddressMessage> = handle
             .address()
             .get()

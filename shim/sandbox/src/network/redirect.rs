@@ -5,11 +5,11 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use futures::TryStreamExt as _;
-use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
+use rtnetlink::packet_route::link::LinkAttribute;
 use rtnetlink::packet_route::tc::TcHandle;
 use rtnetlink::{Error, Handle, LinkUnspec};
 
-use super::facts::Link;
+use super::facts::{Link, interfaces};
 use super::{NetworkError, netns, tap};
 
 /// Parent of filters for frames that arrive (linux/pkt_sched.h).
@@ -82,13 +82,7 @@ async fn ingress(handle: &Handle, link: &Link) -> Result<(), NetworkError> {
 
 /// A TAP interface lives as long as its VM.
 async fn in_use(handle: &Handle) -> Result<bool, NetworkError> {
-    let links: Vec<LinkMessage> = handle
-        .link()
-        .get()
-        .execute()
-        .try_collect()
-        .await
-        .map_err(NetworkError::netlink("list the interfaces of the network namespace"))?;
+    let links = interfaces(handle).await?;
     let ours =
         |attribute: &LinkAttribute| matches!(attribute, LinkAttribute::IfName(name) if name.starts_with(tap::PREFIX));
     Ok(links.iter().any(|link| link.attributes.iter().any(ours)))
