@@ -168,12 +168,6 @@ impl Machine {
         let reason = self.exit.reason().unwrap_or(ExitReason::OwnerGone);
         Ok(Exit { reason, console_tail: self.tail.text() })
     }
-
-    /// Ends the VM from another thread.
-    #[must_use]
-    pub fn exit_signal(&self) -> ExitSignal {
-        self.exit.clone()
-    }
 }
 
 fn check(config: &VmConfig) -> Result<(), BuildError> {

@@ -59,12 +59,6 @@ impl Network {
         self.guest.hosts = text;
     }
 
-    /// Whether the guest has anything but loopback.
-    #[must_use]
-    pub fn is_none(&self) -> bool {
-        self.interfaces.is_empty()
-    }
-
     /// First address of the guest, without the length of its prefix.
     #[must_use]
     pub fn first_address(&self) -> Option<&str> {

@@ -1,7 +1,6 @@
 //! Images of the stories, imported with `ctr images import`.
 
 use std::fs;
-use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use serde_json::{Value, json};
@@ -37,25 +36,6 @@ impl Containerd {
             self.import_layout(&layout, name, namespace);
         }
         fs::remove_dir_all(layout).expect("removed");
-    }
-
-    /// Imports an OCI layout whose only image has no name there.
-    ///
-    /// # Panics
-    /// When `ctr` says no.
-    pub fn import_unnamed(&self, layout: &Path, name: &str) {
-        let named = self.path("named");
-        fs::create_dir(&named).expect("a folder");
-        for part in ["blobs", "oci-layout"] {
-            symlink(layout.join(part), named.join(part)).expect("a link");
-        }
-        let index = fs::read_to_string(layout.join("index.json")).expect("index");
-        let mut index: Value = serde_json::from_str(&index).expect("JSON");
-        let tag = name.rsplit_once(':').expect("a tag").1;
-        index["manifests"][0]["annotations"] = json!({"org.opencontainers.image.ref.name": tag});
-        fs::write(named.join("index.json"), index.to_string()).expect("index");
-        self.import_layout(&named, name, &self.namespace());
-        fs::remove_dir_all(named).expect("removed");
     }
 
     fn import_layout(&self, layout: &Path, name: &str, namespace: &str) {
