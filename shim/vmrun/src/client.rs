@@ -8,6 +8,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::sockopt::socket_peercred;
+use rustix::process::{PidfdFlags, pidfd_open};
 use sandbox::state::{self, State};
 
 use crate::control::{Answer, Request};
@@ -35,14 +38,23 @@ pub(crate) struct Client {
     /// Read, but not asked for yet.
     received: Vec<u8>,
     passed: VecDeque<OwnedFd>,
+    /// Its process, if it could be taken hold of.
+    owner: Option<OwnedFd>,
 }
+
+/// Longest wait for an owner that has answered that its container is over.
+const OWNER_END_DEADLINE: Timespec = Timespec { tv_sec: 2, tv_nsec: 0 };
 
 impl Client {
     /// Connects to the owner of a container that runs.
     pub(crate) fn connect(root: &Path, name: &str) -> Result<Self, ConnectError> {
         state::read(root, name)?;
         match UnixStream::connect(root.join(name).join("control.sock")) {
-            Ok(socket) => Ok(Self::new(socket)),
+            Ok(socket) => {
+                let listener = socket_peercred(&socket).ok();
+                let owner = listener.and_then(|listener| pidfd_open(listener.pid, PidfdFlags::empty()).ok());
+                Ok(Self { owner, ..Self::new(socket) })
+            }
             // The first look may have been just before its end.
             Err(_) => {
                 let state = state::read(root, name)?;
@@ -55,7 +67,7 @@ impl Client {
     }
 
     fn new(socket: UnixStream) -> Self {
-        Self { socket, received: Vec::new(), passed: VecDeque::new() }
+        Self { socket, received: Vec::new(), passed: VecDeque::new(), owner: None }
     }
 
     /// Another handle of the same connection, for sending only.
@@ -81,6 +93,14 @@ impl Client {
             Answer::Done => Ok(()),
             Answer::Failed(cause) => bail!("{cause}"),
             other => bail!("unexpected answer of the container's owner: {other:?}"),
+        }
+    }
+
+    /// After an answer that says that the container is over: waits for the end of its owner, which still holds its sockets.
+    pub(crate) fn see_owner_end(&self) {
+        if let Some(owner) = &self.owner {
+            // The answer holds, however long that takes.
+            let _ = poll(&mut [PollFd::new(owner, PollFlags::IN)], Some(&OWNER_END_DEADLINE));
         }
     }
 

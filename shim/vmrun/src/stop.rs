@@ -33,7 +33,10 @@ pub(crate) fn kill_container(root: &Path, name: &str) -> Result<()> {
     let mut client = Client::connect(root, name)?;
     client.set_deadline(OWNER_DEADLINE)?;
     match client.ask(&Request::Signal(signals::SIGKILL)) {
-        Ok(()) => Ok(()),
+        Ok(()) => {
+            client.see_owner_end();
+            Ok(())
+        }
         Err(_) => kill_owner(root, name),
     }
 }
@@ -62,8 +65,9 @@ pub(crate) fn stop(root: &Path, signal: Option<&str>, patience_s: u64, names: &[
             Ok(mut client) => {
                 let request = Request::Stop { signal, patience_ms: patience_s.saturating_mul(1000) };
                 client.set_deadline(Duration::from_secs(patience_s) + OWNER_DEADLINE)?;
-                if client.ask(&request).is_err() {
-                    kill_owner(root, name)?;
+                match client.ask(&request) {
+                    Ok(()) => client.see_owner_end(),
+                    Err(_) => kill_owner(root, name)?,
                 }
             }
             // As with Docker, a container that has exited is stopped.
@@ -89,7 +93,10 @@ fn wait_exit(root: &Path, name: &str) -> Result<u8> {
     };
     client.send(&Request::Wait)?;
     match client.receive() {
-        Ok((Answer::Exited(exit_code), _)) => Ok(exit_code),
+        Ok((Answer::Exited(exit_code), _)) => {
+            client.see_owner_end();
+            Ok(exit_code)
+        }
         Ok((other, _)) => bail!("unexpected answer of the container's owner: {other:?}"),
         // It may have ended just as we came.
         Err(error) => match state::read(root, name)?.status {
