@@ -43,6 +43,9 @@ pub(super) trait Backend: Send {
     /// # Errors
     /// As [`Self::send`].
     fn flush(&mut self) -> io::Result<()>;
+
+    /// Whether it keeps a part of an earlier frame, to be flushed when the host takes it.
+    fn is_behind(&self) -> bool;
 }
 
 /// A frame of the guest.

@@ -121,6 +121,10 @@ impl Backend for Stream {
         self.sent = 0;
         Ok(())
     }
+
+    fn is_behind(&self) -> bool {
+        !self.unsent.is_empty()
+    }
 }
 
 #[cfg(test)]

@@ -178,6 +178,10 @@ impl Backend for Tap {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+
+    fn is_behind(&self) -> bool {
+        false
+    }
 }
 
 fn check(returned: i32) -> io::Result<()> {

@@ -134,7 +134,8 @@ impl Serving {
         let rx = if usable { self.receive()? } else { Turn::Blocked };
         let mut interest = EventSet::empty();
         interest.set(EventSet::IN, matches!(rx, Turn::Idle | Turn::Busy));
-        interest.set(EventSet::OUT, tx == Turn::Blocked);
+        let behind = self.pair.shared.link_up() && self.pair.backend.is_behind();
+        interest.set(EventSet::OUT, behind || tx == Turn::Blocked);
         self.watch.set_interest(interest).map_err(TxError::Backend)?;
         let timeout = |turn| match turn {
             Turn::Busy => Some(Duration::ZERO),
