@@ -4,6 +4,9 @@ release := $(target)/release
 static := $(target)/static/x86_64-unknown-linux-gnu/release
 static_env := RUSTFLAGS="-C target-feature=+crt-static" LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=/usr/lib/x86_64-linux-gnu LIBCAPNG_LINK_TYPE=static LIBCAPNG_LIB_PATH=/usr/lib/x86_64-linux-gnu
 
+# A guest without an operating system, so not of the workspace.
+hostile = cd tests/hostile && CARGO_TARGET_DIR=$(target)/hostile cargo
+
 .PHONY: build run test bench lint clean
 
 # vmrun and the shim, with the three files that they look for beside themselves.
@@ -21,6 +24,7 @@ run: build
 
 # Unit tests here, stories on KVM.
 test: build lint
+	$(hostile) build --release
 	@tests/install-packages docker-registry skopeo containernetworking-plugins iproute2 iptables passt
 	tests/debian-image >/dev/null
 	tests/containerd-packages >/dev/null
@@ -33,6 +37,8 @@ bench:
 lint:
 	cargo fmt --check
 	cargo clippy --workspace --all-targets -- -D warnings
+	cd tests/hostile && cargo fmt --check
+	$(hostile) clippy --release -- -D warnings
 
 .PHONY: packages
 packages:

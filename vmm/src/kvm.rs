@@ -6,8 +6,9 @@ use std::os::fd::{IntoRawFd as _, OwnedFd};
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY,
-    kvm_cpuid_entry2, kvm_pit_config, kvm_userspace_memory_region,
+    CpuId, KVM_CAP_PMU_CAPABILITY, KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION, KVM_MAX_CPUID_ENTRIES,
+    KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE, kvm_cpuid_entry2, kvm_enable_cap, kvm_pit_config,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use thiserror::Error;
@@ -94,6 +95,12 @@ fn check_capabilities(has: impl Fn(Cap) -> bool) -> Result<(), KvmError> {
 pub fn create_vm(kvm: &Kvm, memory: &GuestMemory) -> Result<Arc<VmFd>, KvmError> {
     let ioctl = |ioctl| move |source| KvmError::Ioctl { ioctl, source };
     let vm = kvm.create_vm().map_err(ioctl("KVM_CREATE_VM"))?;
+    // On AMD a guest has performance counters, whatever its CPUID says, unless they are taken away (Linux 5.18).
+    if kvm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into()).cast_unsigned() & KVM_PMU_CAP_DISABLE != 0 {
+        let disable = [KVM_PMU_CAP_DISABLE.into(), 0, 0, 0];
+        let capability = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, args: disable, ..Default::default() };
+        vm.enable_cap(&capability).map_err(ioctl("KVM_ENABLE_CAP of KVM_CAP_PMU_CAPABILITY"))?;
+    }
     for (slot, region) in (0..).zip(memory.iter()) {
         let address = region.get_host_address(MemoryRegionAddress(0)).map_err(|_| KvmError::Ioctl {
             ioctl: "finding guest RAM",

@@ -73,6 +73,10 @@ impl FileSystem for CheckedFs {
     type DirIter = <PassthroughFs as FileSystem>::DirIter;
 
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
+        // Linux offers it since 5.10. For any other client the crate prints a line, so a guest could fill the host's log.
+        if !capable.contains(FsOptions::SUBMOUNTS) {
+            return Err(io::Error::from_raw_os_error(libc::EPROTO));
+        }
         self.fs.init(capable)
     }
 

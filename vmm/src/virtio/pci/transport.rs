@@ -63,6 +63,8 @@ pub(super) struct Transport {
     registers: Registers,
     /// Pulled out of its slot: nothing answers any more.
     unplugged: bool,
+    /// The log has this device's first error; a guest could make any number.
+    error_logged: bool,
 }
 
 /// What the driver has set: all of the transport's state.
@@ -111,7 +113,17 @@ impl Transport {
         config_space.set_writable(msix_capability + 2, &(MSIX_ENABLE | MSIX_FUNCTION_MASK).to_le_bytes());
         let registers = Registers::reset(&*device);
         let msix = MsixTable::new(vectors, messages);
-        Self { device, config_space, msix_capability, msix, memory, kicks, registers, unplugged: false }
+        Self {
+            device,
+            config_space,
+            msix_capability,
+            msix,
+            memory,
+            kicks,
+            registers,
+            unplugged: false,
+            error_logged: false,
+        }
     }
 
     pub(super) fn read_config_space(&self, register: usize, data: &mut [u8]) {
@@ -240,7 +252,9 @@ impl Transport {
         if after & !before & DRIVER_OK != 0
             && let Err(error) = self.activate()
         {
-            tracing::warn!(device = self.device.device_id(), error, "a device needs a reset");
+            if !std::mem::replace(&mut self.error_logged, true) {
+                tracing::warn!(device = self.device.device_id(), error, "a device needs a reset");
+            }
             self.registers.status |= DEVICE_NEEDS_RESET;
             // Without a configuration vector the driver polls its status.
             let _ = self.msix.interrupt(self.registers.config_vector).trigger();
@@ -273,8 +287,12 @@ impl Transport {
         let (low_half, high_half) = split(registers.used_ring);
         queue.set_used_ring_address(low_half, high_half);
         queue.set_ready(registers.enabled);
-        if registers.enabled && !queue.is_valid(&*self.memory) {
-            return Err(format!("the rings of queue {index} are not in guest RAM"));
+        // The crate takes no address that is not aligned and keeps the one it had.
+        let aligned = queue.desc_table() == registers.descriptor_table
+            && queue.avail_ring() == registers.avail_ring
+            && queue.used_ring() == registers.used_ring;
+        if registers.enabled && !(aligned && queue.is_valid(&*self.memory)) {
+            return Err(format!("the rings of queue {index} are not in guest RAM or not aligned"));
         }
         Ok(queue)
     }

@@ -142,6 +142,17 @@ fn rings_outside_guest_ram_need_a_reset() {
 }
 
 #[test]
+fn rings_that_are_not_aligned_need_a_reset() {
+    let (mut transport, heard) = transport();
+    set_features(&mut transport, VIRTIO_F_VERSION_1);
+    transport.write(0x14, &[0x0b]);
+    enable(&mut transport, 0, 0x1_0001);
+    transport.write(0x14, &[0x0f]);
+    assert_eq!(read(&mut transport, 0x14, 1) & 0x40, 0x40);
+    assert!(heard.try_recv().is_err());
+}
+
+#[test]
 fn a_vector_that_does_not_exist_reads_back_as_none() {
     let (mut transport, _heard) = transport();
     transport.write(0x10, &2_u16.to_le_bytes());

@@ -1,0 +1,186 @@
+//! A guest that attacks every device from ring 0 (`tests/hostile`), and what is left of its VMM and of the host.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{BufRead as _, BufReader, Read as _, Seek as _, Write as _};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
+
+use command_fds::{CommandFdExt as _, FdMapping};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use tests::Story;
+use tests::guest::config;
+use vmm_api::control::{Message, Reply, Request, State};
+use vmm_api::net::{Backend, MacAddress, NetConfig, NetDevice, RateLimit};
+use vmm_api::{CachePolicy, Fd, HostPort, ShareConfig, VmConfig, VsockConfig};
+
+/// Fewer verdicts than this are not the whole kit.
+const LEAST_CASES: usize = 950;
+/// No case takes longer.
+const CASE_DEADLINE: Duration = Duration::from_secs(60);
+/// The VMM's own memory beside the guest's RAM, at its peak.
+const MOST_OWN_MEMORY_KIB: u64 = 48 << 10;
+const RAM_MIB: u32 = 128;
+
+/// The VMM with the guest, and what it talks to.
+struct Hostile {
+    vmm: Child,
+    control: BufReader<UnixStream>,
+    console: mpsc::Receiver<String>,
+}
+
+fn describe() -> VmConfig {
+    let device = NetDevice {
+        name: "eth0".to_owned(),
+        mac: MacAddress([2, 0, 0, 0, 0, 1]),
+        mtu: 1500,
+        backend: Backend::Stream,
+        rx_limit: RateLimit::default(),
+        tx_limit: RateLimit::default(),
+        only_from: None,
+    };
+    VmConfig {
+        memory_mib: RAM_MIB,
+        control: Fd(3),
+        console: Some(Fd(6)),
+        shares: vec![ShareConfig { tag: "share".to_owned(), root: Fd(7), cache: CachePolicy::Never }],
+        vsock: Some(VsockConfig { guest_cid: 3, host_ports: vec![HostPort { port: 1024, socket: Fd(8) }] }),
+        networks: vec![NetConfig { device, fds: vec![Fd(9)] }],
+        ..config(Fd(4))
+    }
+}
+
+impl Hostile {
+    fn start(share: &std::path::Path) -> Self {
+        let guest = std::env::var_os("HOSTILE_GUEST").expect("HOSTILE_GUEST names the guest: use `make test`");
+        let (control, theirs) = UnixStream::pair().expect("a socket pair");
+        let mut written = tempfile::tempfile().expect("a temporary file");
+        serde_json::to_writer(&written, &describe()).expect("written");
+        written.rewind().expect("rewound");
+        let (console, console_end) = std::io::pipe().expect("a pipe");
+        let (port, port_end) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).expect("a socket pair");
+        let (net, net_end) = UnixStream::pair().expect("a socket pair");
+        // In the order of the numbers in the configuration, 3 and up.
+        let passed: [OwnedFd; 7] = [
+            theirs.into(),
+            File::open(guest).expect("the guest is built").into(),
+            written.into(),
+            console_end.into(),
+            File::open(share).expect("the share").into(),
+            port_end,
+            net_end.into(),
+        ];
+        let mappings = (3..).zip(passed).map(|(child_fd, parent_fd)| FdMapping { parent_fd, child_fd }).collect();
+        let mut command = Command::new(std::env::var_os("VMRUN_VMM").expect("VMRUN_VMM names the VMM"));
+        command.args(["--config-fd", "5"]).fd_mappings(mappings).expect("distinct numbers");
+        let vmm = command.spawn().expect("the VMM starts");
+        drop(command);
+        thread::spawn(move || accept(&port));
+        thread::spawn(move || std::io::copy(&mut &net, &mut std::io::sink()));
+        Self { vmm, control: BufReader::new(control), console: lines(console) }
+    }
+
+    /// The next line of the console.
+    fn verdict(&self, last: &str) -> String {
+        match self.console.recv_timeout(CASE_DEADLINE) {
+            Ok(line) => line,
+            Err(RecvTimeoutError::Timeout) => panic!("the guest is stuck after {last:?}"),
+            Err(RecvTimeoutError::Disconnected) => panic!("the VM ended after {last:?}"),
+        }
+    }
+
+    /// The lines of the console behind `first`, until the guest says that it is done.
+    fn verdicts(&self, first: String) -> Vec<String> {
+        let mut verdicts = vec![first];
+        while let Some(last) = verdicts.last().filter(|line| !line.starts_with("end: ")) {
+            verdicts.push(self.verdict(last));
+        }
+        verdicts
+    }
+
+    fn ask(&mut self, request: &Request) -> Message {
+        let line = serde_json::to_string(request).expect("JSON");
+        writeln!(self.control.get_mut(), "{line}").expect("the VMM reads");
+        self.next()
+    }
+
+    fn next(&mut self) -> Message {
+        let mut line = String::new();
+        self.control.read_line(&mut line).expect("a line");
+        serde_json::from_str(&line).unwrap_or_else(|error| panic!("{line:?}: {error}"))
+    }
+
+    /// A line of /proc/PID/status, in KiB.
+    fn memory_kib(&self, field: &str) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.vmm.id())).expect("the VMM runs");
+        let line = status.lines().find_map(|line| line.strip_prefix(field)).expect("the field");
+        line.trim_matches([':', '\t', ' ']).trim_end_matches(" kB").trim().parse().expect("a number")
+    }
+
+    fn descriptor_count(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.vmm.id())).expect("the VMM runs").count()
+    }
+}
+
+/// Takes the connections of the guest and keeps them, as a host that never reads does.
+fn accept(port: &OwnedFd) {
+    let mut kept = Vec::new();
+    let mut payload = [0; 16];
+    while let Ok((1.., fds)) = vmm_api::fds::recv(port.as_fd(), &mut payload) {
+        kept.extend(fds);
+        // What the guest has reset is closed on the VMM's side; a thousand are enough to know.
+        if kept.len() > 1500 {
+            kept.drain(..500);
+        }
+    }
+}
+
+fn lines(console: std::io::PipeReader) -> mpsc::Receiver<String> {
+    let (told, heard) = mpsc::channel();
+    thread::spawn(move || {
+        let lines = BufReader::new(console).lines().map_while(Result::ok);
+        lines.map(|line| told.send(line.trim_end().to_owned())).all(|sent| sent.is_ok())
+    });
+    heard
+}
+
+#[test]
+fn no_case_of_the_hostile_guest_harms_the_vmm_or_the_host() {
+    let story = Story::new();
+    let outside = story.scratch().join("outside");
+    fs::write(&outside, "untouched").expect("a file beside the share");
+    let mut hostile = Hostile::start(&story.volume());
+
+    let first = hostile.verdict("nothing");
+    let descriptors_before = hostile.descriptor_count();
+    let verdicts = hostile.verdicts(first);
+    let failed: Vec<_> = verdicts.iter().filter(|line| line.starts_with("FAILED")).collect();
+    assert!(failed.is_empty(), "{failed:#?}");
+    let cases: BTreeSet<_> = verdicts.iter().filter_map(|line| line.strip_prefix("ok ")).collect();
+    assert!(cases.len() >= LEAST_CASES, "{} cases", cases.len());
+    assert_eq!(verdicts.last(), Some(&format!("end: {} cases, 0 failed", cases.len())));
+    println!("{} cases", cases.len());
+
+    assert_eq!(hostile.ask(&Request::State), Message::Reply(Reply::State(State::Running)));
+    let own = hostile.memory_kib("VmHWM").saturating_sub(hostile.memory_kib("RssShmem"));
+    assert!(own <= MOST_OWN_MEMORY_KIB, "the VMM used {own} KiB beside the guest's RAM");
+    let descriptors = hostile.descriptor_count();
+    assert!(descriptors <= descriptors_before + 32, "{descriptors_before} descriptors became {descriptors}");
+    assert_eq!(hostile.ask(&Request::Shutdown), Message::Reply(Reply::Done));
+    assert!(matches!(hostile.next(), Message::Exited(_)));
+    assert!(hostile.vmm.wait().expect("waited").code().is_some());
+
+    assert_eq!(fs::read_to_string(&outside).expect("still there"), "untouched");
+    let mut left: Vec<_> =
+        fs::read_dir(story.volume()).expect("the share").map(|entry| entry.expect("an entry").file_name()).collect();
+    left.sort();
+    assert_eq!(left, ["wrote"]);
+    let mut rest = String::new();
+    // The last message was the exit.
+    assert_eq!(hostile.control.read_to_string(&mut rest).expect("the end"), 0, "{rest}");
+}
