@@ -19,6 +19,7 @@ pub mod dns;
 pub mod guest;
 pub mod image;
 pub mod lan;
+pub mod liar;
 pub mod pod;
 pub mod python;
 pub mod registry;
@@ -215,7 +216,9 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    fn of(output: Output) -> Self {
+    /// Of a process that has ended; the status is -1 when a signal ended it.
+    #[must_use]
+    pub fn of(output: Output) -> Self {
         Self {
             code: output.status.code().unwrap_or(-1),
             stdout: String::from_utf8_lossy(&output.stdout).into_owned(),

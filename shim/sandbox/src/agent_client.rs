@@ -8,14 +8,13 @@ use tokio::net::UnixStream;
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context;
 
+use crate::text::escape;
 use crate::{CallError, ProcessId};
 
 /// Deadline of a call that only does work in the guest.
 const CALL_DEADLINE: Duration = Duration::from_secs(30);
 /// Deadline of the farewell.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_millis(300);
-/// Longest text of the agent that is passed on, in characters.
-const MAX_TEXT: usize = 4096;
 
 /// The connection to the agent.
 #[derive(Clone)]
@@ -203,25 +202,5 @@ fn translate(call: &'static str, error: ttrpc::Error) -> CallError {
             CallError::Refused { code: status.code.value(), message: escape(&status.message) }
         }
         other => CallError::Broken { call, detail: escape(&other.to_string()) },
-    }
-}
-
-/// A guest's text, fit for a terminal and a log.
-fn escape(text: &str) -> String {
-    text.chars().take(MAX_TEXT).map(|c| if c.is_control() { '.' } else { c }).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::escape;
-
-    #[test]
-    fn guest_text_cannot_drive_a_terminal() {
-        assert_eq!(escape("a\x1b[31mb\nc"), "a.[31mb.c");
-    }
-
-    #[test]
-    fn guest_text_is_cut() {
-        assert_eq!(escape(&"x".repeat(10_000)).len(), 4096);
     }
 }

@@ -84,8 +84,7 @@ fn console(exit: &Exit) -> String {
     if exit.console_tail.is_empty() {
         return String::new();
     }
-    let tail: String = exit.console_tail.chars().map(|c| if c.is_control() && c != '\n' { '.' } else { c }).collect();
-    format!("\nlast lines of the guest's console:\n{tail}")
+    format!("\nlast lines of the guest's console:\n{}", exit.console_tail)
 }
 
 /// Why a call to the agent failed.

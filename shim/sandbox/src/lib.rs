@@ -18,6 +18,7 @@ pub mod probe;
 pub mod share;
 pub mod state;
 mod streams;
+mod text;
 mod vm;
 mod vmm_control;
 mod vmm_process;

@@ -8,13 +8,16 @@ use std::time::Duration;
 
 use tokio::io::AsyncReadExt as _;
 use tokio::net::{UnixDatagram, UnixStream};
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 
 use crate::vmm_process::accept;
 use crate::{CallError, WantedStreams, message};
 
 /// Time that the agent has to connect a stream after it answered, and to write its id.
 const STREAM_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Streams at once that have not said their id.
+const MAX_UNNAMED: usize = 64;
 
 type Waiting = Arc<Mutex<HashMap<u64, oneshot::Sender<UnixStream>>>>;
 
@@ -132,12 +135,17 @@ async fn connected(stream: &'static str, pending: Option<Pending>) -> Result<Opt
 }
 
 async fn serve(port: UnixDatagram, waiting: Waiting) {
-    while let Ok(stream) = accept(&port).await {
+    let unnamed = Arc::new(Semaphore::new(MAX_UNNAMED));
+    // Without a place the next stream waits in the socket, and the VMM with it.
+    while let Ok(place) = unnamed.clone().acquire_owned().await
+        && let Ok(stream) = accept(&port).await
+    {
         let waiting = waiting.clone();
         tokio::spawn(async move {
             if tokio::time::timeout(STREAM_DEADLINE, deliver(stream, waiting)).await.is_err() {
-                tracing::warn!("a stream of the guest did not say its id");
+                tracing::debug!("a stream of the guest did not say its id");
             }
+            drop(place);
         });
     }
 }
@@ -150,7 +158,7 @@ async fn deliver(stream: std::os::unix::net::UnixStream, waiting: Waiting) -> st
     match sender {
         // The caller may have given up in the meantime.
         Some(sender) => drop(sender.send(stream)),
-        None => tracing::warn!(id, "a stream of the guest has an id that nobody expects"),
+        None => tracing::debug!(id, "a stream of the guest has an id that nobody expects"),
     }
     Ok(())
 }

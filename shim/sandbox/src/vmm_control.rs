@@ -11,6 +11,7 @@ use vmm_api::control::{Reply, Request};
 use vmm_api::fds;
 
 use crate::ControlError;
+use crate::text::escape;
 
 /// Longest wait for an answer: a pause waits 2 s for the vCPUs.
 const REPLY_DEADLINE: Duration = Duration::from_secs(5);
@@ -45,7 +46,7 @@ impl VmmControl {
         let mut answers = self.answers.lock().await;
         self.send(request, fd).await.map_err(ControlError::Gone)?;
         match tokio::time::timeout(REPLY_DEADLINE, answers.next()).await {
-            Ok(Some(Reply::Refused(message))) => Err(ControlError::Refused { message }),
+            Ok(Some(Reply::Refused(message))) => Err(ControlError::Refused { message: escape(&message) }),
             Ok(Some(reply)) => Ok(reply),
             Ok(None) => Err(ControlError::Gone(io::ErrorKind::UnexpectedEof.into())),
             Err(_) => {

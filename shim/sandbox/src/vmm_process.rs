@@ -15,7 +15,7 @@ use agent_api::{CONTROL_PORT, STREAM_PORT};
 use command_fds::{CommandFdExt as _, FdMapping};
 use rustix::fs::MemfdFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use tokio::io::{AsyncBufReadExt as _, BufReader};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
 use tokio::net::{UnixDatagram, UnixStream};
 use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, watch};
@@ -25,6 +25,7 @@ use vmm_api::{CachePolicy, Fd, HostPort, ShareConfig, VmConfig, VsockConfig};
 
 use crate::network::Interface;
 use crate::plan::VmSize;
+use crate::text;
 use crate::vmm_control::VmmControl;
 use crate::{BootError, ControlError};
 
@@ -76,6 +77,8 @@ pub(crate) async fn accept(port: &UnixDatagram) -> io::Result<std::os::unix::net
 const END_DEADLINE: Duration = Duration::from_millis(1500);
 /// Longest wait for the control socket before that.
 const TELL_DEADLINE: Duration = Duration::from_millis(200);
+/// Longest line of the control socket, in bytes: the console's tail is the longest part of one.
+const MAX_LINE_LEN: u64 = 1 << 20;
 /// Answers that may wait for whoever asked.
 const MAX_UNREAD_REPLIES: usize = 16;
 
@@ -188,18 +191,26 @@ async fn watch_child(
     killer: std::sync::Arc<tokio::sync::Notify>,
     ended: watch::Sender<Option<Exit>>,
 ) {
-    let mut lines = BufReader::new(messages).lines();
+    let mut messages = BufReader::new(messages);
     let mut reported = None;
+    let mut line = String::new();
     loop {
+        line.clear();
+        let mut limited = (&mut messages).take(MAX_LINE_LEN);
         tokio::select! {
-            line = lines.next_line() => match line {
-                Ok(Some(line)) => match serde_json::from_str(&line) {
+            read = limited.read_line(&mut line) => match read {
+                Ok(1..) if line.ends_with('\n') => match serde_json::from_str(&line) {
                     Ok(Message::Exited(exit)) => reported = Some(exit),
                     // More answers than questions would be a fault of the VMM; they are dropped.
                     Ok(Message::Reply(reply)) => drop(answered.try_send(reply)),
-                    Err(error) => tracing::warn!(%error, "the VMM said what nobody understands"),
+                    Err(_) => reported = Some(unexplained("it said what nobody understands".to_owned())),
                 },
-                Ok(None) | Err(_) => break,
+                Ok(1..) => {
+                    reported = Some(unexplained(format!("it said more than {MAX_LINE_LEN} bytes at once")));
+                    let _ = child.start_kill();
+                    break;
+                }
+                Ok(0) | Err(_) => break,
             },
             () = killer.notified() => {
                 let _ = child.start_kill();
@@ -221,7 +232,7 @@ async fn watch_child(
         Err(error) => unexplained(error.to_string()),
     });
     // Nobody listening means the sandbox was dropped.
-    let _ = ended.send(Some(exit));
+    let _ = ended.send(Some(text::clean(exit)));
 }
 
 fn killed_by(signal: i32) -> Exit {

@@ -54,10 +54,7 @@ pub(crate) fn exec(root: &Path, args: ExecArgs) -> Result<u8> {
         copying.push(stdio::copy_output(stream?, stdio::Sink { output: Some(output), log: None })?);
     }
     let (answer, _) = client.receive()?;
-    for output in copying {
-        // The sender is dropped when its thread ends.
-        let _ = output.blocking_recv();
-    }
+    copying.into_iter().for_each(stdio::Output::wait);
     drop(raw);
     match answer {
         Answer::Exited(code) => Ok(code),

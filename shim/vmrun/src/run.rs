@@ -15,7 +15,6 @@ use sandbox::share::{self, Rootfs};
 use sandbox::state::Status;
 use sandbox::{BootRequest, CachePolicy, CallError, ProcessId, ProcessStreams, Sandbox, WantedStreams};
 use tokio::net::UnixStream;
-use tokio::sync::oneshot;
 
 use crate::cli::RunArgs;
 use crate::container::{Container, Ending};
@@ -381,7 +380,7 @@ fn blocking(stream: UnixStream) -> io::Result<std::os::unix::net::UnixStream> {
 /// The copying of a container's streams, on threads of their own; our terminal is raw for as long.
 struct Copying {
     held_stdin: Option<std::os::unix::net::UnixStream>,
-    outputs: Vec<oneshot::Receiver<()>>,
+    outputs: Vec<stdio::Output>,
     _raw: Option<stdio::RawTerminal>,
 }
 
@@ -392,8 +391,7 @@ impl Copying {
         let outputs = std::mem::take(&mut self.outputs);
         let all = async {
             for output in outputs {
-                // The sender is dropped when its thread ends.
-                let _ = output.await;
+                output.finish().await;
             }
         };
         let impatient = async {

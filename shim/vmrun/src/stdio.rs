@@ -6,7 +6,10 @@ use std::io::{self, IsTerminal as _, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 use tokio::sync::oneshot;
@@ -15,6 +18,8 @@ use crate::log::LogStream;
 
 /// Size of one read, in bytes.
 const CHUNK: usize = 64 << 10;
+/// A guest that has told an exit and then does nothing for this long, twice, has no more output.
+const SILENCE_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Copies our standard input to the guest until it ends; then the guest reads end of file.
 pub(crate) fn copy_stdin(stream: UnixStream) -> io::Result<()> {
@@ -33,26 +38,60 @@ pub(crate) struct Sink {
     pub(crate) log: Option<LogStream>,
 }
 
-/// Copies a stream of the guest to its end, which the receiver tells.
-pub(crate) fn copy_output(mut stream: UnixStream, sink: Sink) -> io::Result<oneshot::Receiver<()>> {
-    let (ended, receiver) = oneshot::channel();
+/// The copying of a stream of the guest.
+pub(crate) struct Output {
+    ended: oneshot::Receiver<()>,
+    guest: UnixStream,
+    /// Grows with each read and each write: odd while a write is under way.
+    moves: Arc<AtomicU64>,
+}
+
+impl Output {
+    /// Waits until every byte is written, after the process has exited: the guest then has nothing to wait for, so one that
+    /// neither sends nor ends the stream is cut off.
+    pub(crate) async fn finish(mut self) {
+        let mut before = None;
+        // The sender is dropped when its thread ends.
+        while tokio::time::timeout(SILENCE_DEADLINE, &mut self.ended).await.is_err() {
+            let moves = self.moves.load(Ordering::Relaxed);
+            if before == Some(moves) && moves.is_multiple_of(2) {
+                let _ = self.guest.shutdown(Shutdown::Both);
+            }
+            before = Some(moves);
+        }
+    }
+
+    /// Waits for the end of the stream. What an exec has left running may go on with it.
+    pub(crate) fn wait(self) {
+        // The sender is dropped when its thread ends.
+        let _ = self.ended.blocking_recv();
+    }
+}
+
+/// Copies a stream of the guest to its end.
+pub(crate) fn copy_output(mut stream: UnixStream, sink: Sink) -> io::Result<Output> {
+    let (ended_tx, ended) = oneshot::channel::<()>();
     let (output, mut log) = (sink.output.map(File::from), sink.log);
+    let (guest, moves) = (stream.try_clone()?, Arc::<AtomicU64>::default());
+    let moved = moves.clone();
     spawn("output", move || {
         let mut chunk = vec![0; CHUNK];
         while let Some(len @ 1..) = read(&mut stream, &mut chunk) {
+            moved.fetch_add(1, Ordering::Relaxed);
             if let Some(log) = &mut log {
                 log.write(&chunk[..len]);
             }
             if output.as_ref().is_some_and(|mut output| output.write_all(&chunk[..len]).is_err()) {
                 break;
             }
+            moved.fetch_add(1, Ordering::Relaxed);
         }
         drop(log);
         // Whoever read our output may be gone: the guest's writer learns it as a broken pipe.
         let _ = stream.shutdown(Shutdown::Both);
-        drop(ended);
+        drop(ended_tx);
     })?;
-    Ok(receiver)
+    Ok(Output { ended, guest, moves })
 }
 
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {

@@ -158,7 +158,7 @@ impl ExitReason {
     pub fn code(&self) -> u8 {
         match self {
             Self::GuestReset | Self::Requested | Self::OwnerGone => 0,
-            Self::Signal { signal } => u8::try_from(128 + signal).unwrap_or(u8::MAX),
+            Self::Signal { signal } => u8::try_from(signal.saturating_add(128)).unwrap_or(u8::MAX),
             Self::TripleFault { .. } | Self::KvmError { .. } | Self::VmmError { .. } => 1,
         }
     }
