@@ -14,6 +14,7 @@ pub mod control;
 pub mod event_loop;
 pub mod exit;
 pub mod inherited;
+pub mod jail;
 pub mod kernel;
 pub mod kvm;
 pub mod legacy;

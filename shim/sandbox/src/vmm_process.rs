@@ -24,6 +24,7 @@ use vmm_api::net::NetConfig;
 use vmm_api::{CachePolicy, Fd, HostPort, ShareConfig, VmConfig, VsockConfig};
 
 use crate::network::Interface;
+use crate::pid_namespace;
 use crate::plan::VmSize;
 use crate::vmm_control::VmmControl;
 use crate::{BootError, ControlError};
@@ -133,7 +134,8 @@ impl VmmProcess {
             action: "hand descriptors to the VMM",
             source: io::ErrorKind::InvalidInput.into(),
         })?;
-        let child = command.spawn().map_err(|source| BootError::Spawn { path: spawn.program, source })?;
+        let child = pid_namespace::of_child(|| command.spawn())
+            .map_err(|source| BootError::Spawn { path: spawn.program, source })?;
         drop(command);
         Ok((Self::watch(child, control), Ports { control: agent_port, streams: stream_port }))
     }

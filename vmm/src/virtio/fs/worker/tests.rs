@@ -166,7 +166,10 @@ fn a_directory_that_is_not_there_is_refused() {
     let long = crate::virtio::fs::Fs::open(&"t".repeat(37), file.into(), CachePolicy::Auto, 1);
     assert!(matches!(long, Err(crate::virtio::fs::FsError::Tag)));
     let dir = tempfile::tempdir().expect("a temporary folder");
-    let root = File::open(dir.path()).expect("a folder");
+    let below = File::open(dir.path()).expect("a folder");
+    let below = crate::virtio::fs::Fs::open("tag", below.into(), CachePolicy::Auto, 1);
+    assert!(matches!(below, Err(crate::virtio::fs::FsError::Parent)));
+    let root = File::open("/").expect("a folder");
     let fs = crate::virtio::fs::Fs::open("tag", root.into(), CachePolicy::Auto, 200).expect("a share");
     assert_eq!(crate::virtio::VirtioDevice::queue_sizes(&fs).len(), 5);
 }
