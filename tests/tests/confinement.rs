@@ -78,6 +78,7 @@ async fn a_running_vmm_has_no_namespace_and_no_right_of_the_host() {
         assert_eq!(vmm.fields(set), only("0000000000000000"), "{set}");
     }
     assert_eq!(vmm.fields("NoNewPrivs"), only("1"));
+    assert_eq!(vmm.fields("Seccomp"), only("2"), "each thread's system calls are filtered");
     assert_eq!(vmm.read("environ"), "");
     let limits = vmm.read("limits");
     let core = limits.lines().find(|line| line.starts_with("Max core file size")).expect("a limit");
@@ -135,6 +136,7 @@ fn without_root_the_vmm_is_confined_all_the_same() {
     // Who spawns it makes the pid namespace, which here was the story.
     assert_eq!(seen.shared_namespaces(), ["pid"]);
     assert_eq!(seen.fields("CapEff"), only(KEPT_CAPABILITIES));
+    assert_eq!(seen.fields("Seccomp"), only("2"));
     assert_eq!(seen.read("uid_map").split_whitespace().collect::<Vec<_>>(), ["0", "1000", "1"]);
     assert_eq!(seen.list("root"), ["proc"]);
     drop((control, lines));

@@ -11,6 +11,7 @@
 pub mod arch;
 pub mod bus;
 pub mod control;
+pub mod device_thread;
 pub mod event_loop;
 pub mod exit;
 pub mod inherited;

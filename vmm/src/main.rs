@@ -74,12 +74,12 @@ fn build(mut config: VmConfig, fds: &mut InheritedFds) -> Result<Machine> {
         // The new root has no devices.
         config.kvm = Some(Fd(kvm::open_device()?.into_raw_fd()));
     }
-    jail::enter()?;
+    let jail = jail::enter()?;
     // The kernel ends us with the thread that spawned us, even when we are stopped or stuck. A closed control socket, by which
     // we notice in any other case, needs our event loop. Changing credentials would have cleared it.
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
         .context("cannot ask to die with the owner")?;
-    Ok(Machine::build(&config, fds)?)
+    Ok(Machine::build(&config, fds, jail)?)
 }
 
 fn print_probe() -> Result<u8> {

@@ -15,6 +15,7 @@ use agent_api::{CONTROL_PORT, STREAM_PORT};
 use command_fds::{CommandFdExt as _, FdMapping};
 use rustix::fs::MemfdFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use rustix::process::Signal;
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::net::{UnixDatagram, UnixStream};
 use tokio::process::{Child, Command};
@@ -227,6 +228,9 @@ async fn watch_child(
 }
 
 fn killed_by(signal: i32) -> Exit {
+    if signal == Signal::SYS.as_raw() {
+        return unexplained("a thread made a system call that its filter does not have, and was ended".to_owned());
+    }
     Exit { reason: ExitReason::Signal { signal }, console_tail: String::new() }
 }
 

@@ -6,6 +6,7 @@
 //! ```
 
 use std::io;
+use std::sync::Arc;
 
 use rustix::thread::{CapabilitySet, capabilities};
 use thiserror::Error;
@@ -13,6 +14,10 @@ use thiserror::Error;
 mod namespaces;
 mod privileges;
 mod root;
+mod seccomp;
+
+use seccomp::Filters;
+pub use seccomp::ThreadKind;
 
 /// Why the process is not confined.
 #[derive(Debug, Error)]
@@ -33,11 +38,31 @@ pub enum JailError {
     },
 }
 
+/// What is left to do thread by thread; the default leaves threads as they are, for tests that run a VM in their own process.
+#[derive(Clone, Debug, Default)]
+pub struct Jail {
+    filters: Option<Arc<Filters>>,
+}
+
+impl Jail {
+    /// Leaves the calling thread, for good, the system calls of its kind.
+    ///
+    /// # Panics
+    /// When the kernel refuses a filter: what the thread was to do is not done without one.
+    pub fn confine(&self, kind: ThreadKind) {
+        if let Some(filters) = &self.filters
+            && let Err(error) = filters.apply(kind)
+        {
+            panic!("cannot confine a thread: {error}");
+        }
+    }
+}
+
 /// Gives up everything but the open descriptors. The process must have one thread.
 ///
 /// # Errors
 /// The first step that fails; the process is then half confined and must end.
-pub fn enter() -> Result<(), JailError> {
+pub fn enter() -> Result<Jail, JailError> {
     let host = namespaces::Host::open()?;
     // Namespaces that the host owns give no rights to us even as root of a user namespace, so they come first. Who may not
     // make such needs the user namespace before.
@@ -52,7 +77,8 @@ pub fn enter() -> Result<(), JailError> {
         host.enter_user_namespace()?;
     }
     drop(host);
-    privileges::drop_all_but_files()
+    privileges::drop_all_but_files()?;
+    Ok(Jail { filters: Some(Arc::new(Filters::load()?)) })
 }
 
 /// Names the step that a system call is part of.

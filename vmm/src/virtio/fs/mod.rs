@@ -150,8 +150,9 @@ impl VirtioDevice for Fs {
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         // A driver with fewer CPUs than queues leaves some alone.
         for (index, queue) in activation.queues.into_iter().enumerate().filter(|(_, queue)| queue.queue.ready()) {
-            let worker = Worker::spawn(index, queue, activation.memory.clone(), self.server.clone())
-                .map_err(|source| ActivateError::Host { action: "start a worker of a share", source })?;
+            let worker =
+                Worker::spawn(index, queue, activation.memory.clone(), self.server.clone(), &activation.device_thread)
+                    .map_err(|source| ActivateError::Host { action: "start a worker of a share", source })?;
             self.workers.push(worker);
         }
         Ok(())

@@ -9,6 +9,7 @@ use vm_memory::{Bytes as _, GuestAddress};
 use vmm_api::CachePolicy;
 
 use super::*;
+use crate::jail::Jail;
 use crate::virtio::driver::DriverQueue;
 use crate::virtio::fs::ALWAYS_TIMEOUT;
 
@@ -156,7 +157,8 @@ fn a_ring_that_promises_requests_and_has_none_is_left() {
 #[test]
 fn a_worker_that_is_dropped_ends() {
     let Share { driver, memory, serving, .. } = Share::new();
-    let worker = Worker::spawn(1, driver.activate(), memory, serving.server).expect("a worker");
+    let device_thread = DeviceThread::start(Jail::default()).expect("a thread");
+    let worker = Worker::spawn(1, driver.activate(), memory, serving.server, &device_thread).expect("a worker");
     drop(worker);
 }
 
