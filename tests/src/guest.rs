@@ -8,6 +8,7 @@ use std::thread::{self, JoinHandle};
 
 use vmm::control::report_exit;
 use vmm::inherited::InheritedFds;
+use vmm::jail::Jail;
 use vmm::machine::Machine;
 use vmm_api::control::{Exit, Message, Reply, Request};
 use vmm_api::{Fd, VmConfig};
@@ -40,7 +41,7 @@ impl Vm {
     pub fn of(config: &VmConfig) -> Self {
         let (control, theirs) = UnixStream::pair().expect("a socket pair");
         theirs.set_nonblocking(true).expect("a socket");
-        let machine = Machine::build(config, &mut InheritedFds::default()).expect("a machine");
+        let machine = Machine::build(config, &mut InheritedFds::default(), Jail::default()).expect("a machine");
         let thread = thread::spawn(move || report_exit(&theirs, machine.run(&theirs).expect("the VM runs")));
         let messages = BufReader::new(control.try_clone().expect("a socket"));
         Self { control, messages, thread }

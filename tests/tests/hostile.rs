@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use command_fds::{CommandFdExt as _, FdMapping};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use sandbox::share::{Rootfs, rootfs_tree};
 use tests::Story;
 use tests::guest::config;
 use vmm_api::control::{Message, Reply, Request, State};
@@ -55,7 +56,7 @@ fn describe() -> VmConfig {
 }
 
 impl Hostile {
-    fn start(share: &std::path::Path) -> Self {
+    fn start(share: OwnedFd) -> Self {
         let guest = std::env::var_os("HOSTILE_GUEST").expect("HOSTILE_GUEST names the guest: use `make test`");
         let (control, theirs) = UnixStream::pair().expect("a socket pair");
         let mut written = tempfile::tempfile().expect("a temporary file");
@@ -71,7 +72,7 @@ impl Hostile {
             File::open(guest).expect("the guest is built").into(),
             written.into(),
             console_end.into(),
-            File::open(share).expect("the share").into(),
+            share,
             port_end,
             net_end.into(),
         ];
@@ -154,7 +155,9 @@ fn no_case_of_the_hostile_guest_harms_the_vmm_or_the_host() {
     let story = Story::new();
     let outside = story.scratch().join("outside");
     fs::write(&outside, "untouched").expect("a file beside the share");
-    let mut hostile = Hostile::start(&story.volume());
+    let directory = Rootfs::Directory { path: story.volume(), read_only: false };
+    let share = rootfs_tree(directory, &story.volume()).expect("the volume is shared");
+    let mut hostile = Hostile::start(share);
 
     let first = hostile.verdict("nothing");
     let descriptors_before = hostile.descriptor_count();

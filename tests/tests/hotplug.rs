@@ -3,13 +3,15 @@
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 
+use sandbox::share::{Rootfs, rootfs_tree};
 use sandbox::{CachePolicy, VmState};
 use serde_json::{Value, json};
 use tests::Story;
 use tests::pod::Pod;
 
 fn volume(story: &Story) -> OwnedFd {
-    File::open(story.volume()).expect("a folder").into()
+    let directory = Rootfs::Directory { path: story.volume(), read_only: false };
+    rootfs_tree(directory, &story.scratch()).expect("the volume is shared")
 }
 
 /// Puts the share into a container.
@@ -31,6 +33,9 @@ async fn a_share_is_plugged_in_used_pulled_out_and_plugged_in_again() {
     assert!(twice.to_string().contains("already"), "{twice}");
     pod.0.remove_share("extra").await.expect("pulled out");
     pod.0.remove_share("extra").await.expect_err("gone");
+    let attached = File::open(story.volume()).expect("a folder").into();
+    let refused = pod.0.add_share("extra", attached, CachePolicy::Auto).await.expect_err("its parent is the host's");
+    assert!(refused.to_string().contains("has a parent"), "{refused}");
     pod.0.add_share("extra", volume(&story), CachePolicy::Never).await.expect("plugged in again");
     let second = pod.run("second", "cat /mnt/b; ls /sys/bus/pci/devices | wc -l", mount_share).await;
     assert_eq!(second, (0, "one\n5\n".to_owned()));

@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{FromRawFd as _, OwnedFd};
 
 use rustix::io::{FdFlags, fcntl_setfd};
-use vmm_api::Fd;
+use vmm_api::{Fd, VmConfig};
 
 /// Numbers that have been taken.
 #[derive(Debug, Default)]
@@ -31,4 +31,32 @@ impl InheritedFds {
         }
         Ok(owned)
     }
+}
+
+/// Closes every descriptor but the standard streams and those of `config`: what the parent has not handed over by name is not
+/// for us.
+///
+/// # Errors
+/// What close_range(2) says.
+pub fn close_others(config: &VmConfig) -> io::Result<()> {
+    let mut kept: Vec<i32> = config.fds().into_iter().map(|fd| fd.0).filter(|fd| *fd > 2).collect();
+    kept.sort_unstable();
+    let mut first = 3;
+    for fd in kept {
+        close_range(first, fd - 1)?;
+        first = fd + 1;
+    }
+    close_range(first, i32::MAX)
+}
+
+fn close_range(first: i32, last: i32) -> io::Result<()> {
+    let (Ok(first), Ok(last)) = (u32::try_from(first), u32::try_from(last)) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    if first > last {
+        return Ok(());
+    }
+    // SAFETY: nobody owns these descriptors: the process has opened none yet but those of its configuration.
+    let closed = unsafe { libc::close_range(first, last, 0) };
+    if closed == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

@@ -1,6 +1,7 @@
 //! `/dev/kvm` and the VM's descriptor: capabilities, interrupt controllers, memory slots.
 #![expect(unsafe_code, reason = "a memory slot hands a range of our address space to KVM")]
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{IntoRawFd as _, OwnedFd};
 use std::sync::Arc;
@@ -70,7 +71,7 @@ pub fn open(given: Option<OwnedFd>) -> Result<Kvm, KvmError> {
     let kvm = match given {
         // SAFETY: the descriptor is owned and given up here; that it is /dev/kvm shows in the version check below.
         Some(fd) => unsafe { <Kvm as std::os::fd::FromRawFd>::from_raw_fd(fd.into_raw_fd()) },
-        None => Kvm::new().map_err(|error| KvmError::Open(error.into()))?,
+        None => return open(Some(open_device()?)),
     };
     let found = kvm.get_api_version();
     if found != API_VERSION {
@@ -78,6 +79,15 @@ pub fn open(given: Option<OwnedFd>) -> Result<Kvm, KvmError> {
     }
     check_capabilities(|capability| kvm.check_extension(capability))?;
     Ok(kvm)
+}
+
+/// Opens the device and nothing more.
+///
+/// # Errors
+/// [`KvmError::Open`].
+pub fn open_device() -> Result<OwnedFd, KvmError> {
+    let opened = File::options().read(true).write(true).open("/dev/kvm");
+    opened.map(OwnedFd::from).map_err(KvmError::Open)
 }
 
 /// Names the first capability that is missing.

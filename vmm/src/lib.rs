@@ -11,9 +11,11 @@
 pub mod arch;
 pub mod bus;
 pub mod control;
+pub mod device_thread;
 pub mod event_loop;
 pub mod exit;
 pub mod inherited;
+pub mod jail;
 pub mod kernel;
 pub mod kvm;
 pub mod legacy;

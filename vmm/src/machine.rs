@@ -16,9 +16,11 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::arch::{cpuid, layout, mptable, pvh, registers};
 use crate::bus::Bus;
 use crate::control::Control;
+use crate::device_thread::DeviceThread;
 use crate::event_loop::{EventSet, EventSource, Registry};
 use crate::exit::ExitSignal;
 use crate::inherited::InheritedFds;
+use crate::jail::{Jail, ThreadKind};
 use crate::kernel::{self, KernelError};
 use crate::kvm::{self, KvmError};
 use crate::legacy::i8042::{self, I8042};
@@ -98,14 +100,15 @@ pub struct Machine {
     registry: Registry,
     exit: ExitSignal,
     tail: ConsoleTail,
+    jail: Jail,
 }
 
 impl Machine {
-    /// Builds the VM of `config`.
+    /// Builds the VM of `config`; its threads will be confined by `jail`.
     ///
     /// # Errors
     /// Each variant of [`BuildError`].
-    pub fn build(config: &VmConfig, fds: &mut InheritedFds) -> Result<Self, BuildError> {
+    pub fn build(config: &VmConfig, fds: &mut InheritedFds, jail: Jail) -> Result<Self, BuildError> {
         check(config)?;
         let host = |action| move |source| BuildError::Host { action, source };
         let mut take = |what, fd| fds.take(fd).map_err(|source| BuildError::Inherited { what, source });
@@ -113,6 +116,9 @@ impl Machine {
         let wake = EventFd::new(EFD_NONBLOCK).map_err(host("make an eventfd"))?;
         let exit = ExitSignal::new(wake.try_clone().map_err(host("make an eventfd"))?);
         watch(&registry, wake).map_err(host("watch an eventfd"))?;
+        // Before the first thread, which inherits what is blocked.
+        signals::watch(&registry, exit.clone()).map_err(host("watch for signals"))?;
+        let device_thread = DeviceThread::start(jail.clone()).map_err(host("start a thread"))?;
 
         let kvm = kvm::open(config.kvm.map(|fd| take("KVM", fd)).transpose()?)?;
         let memory = memory::create(config.memory_mib)?;
@@ -128,7 +134,7 @@ impl Machine {
         let vcpus = create_vcpus(&kvm, &vm, config.vcpus, entry)?;
 
         let mmio = Arc::new(Bus::default());
-        let pci = Arc::new(PciBus::new(vm.clone(), memory.clone(), mmio.clone()));
+        let pci = Arc::new(PciBus::new(vm.clone(), memory.clone(), mmio.clone(), device_thread));
         pci.add("rng", Box::new(Rng::new(registry.clone())))?;
         if let Some(vsock) = &config.vsock {
             let mut host_ports = Vec::new();
@@ -150,7 +156,7 @@ impl Machine {
         let console = config.console.map(|fd| take("the console", fd)).transpose()?.map(File::from);
         let pio = port_bus(&pci, SerialConsole::new(tail.clone(), console), exit.clone());
         let buses = Arc::new(Buses { pio, mmio });
-        Ok(Self { _vm: vm, _memory: memory, vcpus, buses, pci, networks, registry, exit, tail })
+        Ok(Self { _vm: vm, _memory: memory, vcpus, buses, pci, networks, registry, exit, tail, jail })
     }
 
     /// Runs the VM to its end.
@@ -158,12 +164,13 @@ impl Machine {
     /// # Errors
     /// When the host refuses a thread or the event loop.
     pub fn run(self, control: &UnixStream) -> io::Result<Exit> {
-        // Before the first thread, which inherits what is blocked.
-        signals::watch(&self.registry, self.exit.clone())?;
-        let vcpus = Arc::new(Vcpus::start(self.vcpus, self.buses, &self.exit)?);
-        let control = Control::new(control.try_clone()?, vcpus, self.pci, self.networks, self.exit.clone());
+        let vcpus = Arc::new(Vcpus::start(self.vcpus, self.buses, &self.exit, &self.jail)?);
+        let control = Control::new(control.try_clone()?, vcpus.clone(), self.pci, self.networks, self.exit.clone());
         let fd = control.as_raw_fd();
         self.registry.add(fd, EventSet::IN, 0, Arc::new(Mutex::new(control)))?;
+        self.jail.confine(ThreadKind::EventLoop);
+        // The guest's first instruction comes after this.
+        vcpus.resume();
         self.registry.run(|| self.exit.reason().is_some())?;
         let reason = self.exit.reason().unwrap_or(ExitReason::OwnerGone);
         Ok(Exit { reason, console_tail: self.tail.text() })
@@ -210,8 +217,9 @@ pub(crate) fn add_share(
     cache: CachePolicy,
     vcpu_count: u8,
 ) -> Result<(), BuildError> {
-    let fs =
-        Fs::open(tag, root, cache, vcpu_count).map_err(|source| BuildError::Share { tag: tag.to_owned(), source })?;
+    let name = tag.to_owned();
+    let opened = pci.device_thread().call(move || Fs::open(&name, root, cache, vcpu_count));
+    let fs = opened.map_err(|source| BuildError::Share { tag: tag.to_owned(), source })?;
     Ok(pci.add(&share_name(tag), Box::new(fs))?)
 }
 

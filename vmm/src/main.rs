@@ -1,6 +1,7 @@
 //! The VMM process: read the configuration, build the machine, run it, say how it ended.
 
 use std::fs::File;
+use std::os::fd::IntoRawFd as _;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 
@@ -8,8 +9,9 @@ use anyhow::{Context as _, Result};
 use clap::Parser;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use vmm::control::report_exit;
-use vmm::inherited::InheritedFds;
+use vmm::inherited::{self, InheritedFds};
 use vmm::machine::Machine;
+use vmm::{jail, kvm};
 use vmm_api::control::{Exit, ExitReason};
 use vmm_api::{Fd, VmConfig};
 
@@ -46,27 +48,38 @@ fn main() -> ExitCode {
 
 fn run(config_fd: i32) -> Result<u8> {
     raise_descriptor_limit().context("cannot raise the limit of open files")?;
-    // The kernel ends us with the thread that spawned us, even when we are stopped or stuck. A closed control socket, by which
-    // we notice in any other case, needs our event loop.
-    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
-        .context("cannot ask to die with the owner")?;
     let mut fds = InheritedFds::default();
     let config = File::from(fds.take(Fd(config_fd)).context("--config-fd is not an open descriptor")?);
     let config: VmConfig = serde_json::from_reader(config).context("cannot read the configuration")?;
+    inherited::close_others(&config).context("cannot close what nobody handed over")?;
     let control = fds.take(config.control).context("the control socket is not an open descriptor")?;
     let control = UnixStream::from(control);
     control.set_nonblocking(true)?;
     report_panics(control.try_clone()?);
-    let exit = match Machine::build(&config, &mut fds) {
+    let exit = match build(config, &mut fds) {
         Ok(machine) => machine.run(&control).context("cannot run the VM")?,
         Err(error) => {
-            let detail = format!("{:#}", anyhow::Error::from(error));
+            let detail = format!("{error:#}");
             Exit { reason: ExitReason::VmmError { detail }, console_tail: String::new() }
         }
     };
     let code = exit.reason.code();
     report_exit(&control, exit);
     Ok(code)
+}
+
+/// Confines the process, then builds the VM from what it holds.
+fn build(mut config: VmConfig, fds: &mut InheritedFds) -> Result<Machine> {
+    if config.kvm.is_none() {
+        // The new root has no devices.
+        config.kvm = Some(Fd(kvm::open_device()?.into_raw_fd()));
+    }
+    let jail = jail::enter()?;
+    // The kernel ends us with the thread that spawned us, even when we are stopped or stuck. A closed control socket, by which
+    // we notice in any other case, needs our event loop. Changing credentials would have cleared it.
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
+        .context("cannot ask to die with the owner")?;
+    Ok(Machine::build(&config, fds, jail)?)
 }
 
 fn print_probe() -> Result<u8> {

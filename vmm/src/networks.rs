@@ -46,8 +46,9 @@ impl Networks {
     /// Each variant of [`NetworkError`].
     pub fn add(&mut self, device: NetDevice, fds: Vec<OwnedFd>) -> Result<(), NetworkError> {
         let name = device.name.clone();
-        let net = Net::open(device, fds, self.registry.clone())
-            .map_err(|source| NetworkError::Device { name: name.clone(), source })?;
+        let registry = self.registry.clone();
+        let opened = self.pci.device_thread().call(move || Net::open(device, fds, registry));
+        let net = opened.map_err(|source| NetworkError::Device { name: name.clone(), source })?;
         let handle = net.handle();
         self.pci.add(&bus_name(&name), Box::new(net))?;
         self.handles.push(handle);

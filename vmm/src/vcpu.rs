@@ -19,6 +19,7 @@ use crate::arch::registers;
 use crate::bus::Bus;
 use crate::event_loop::lock;
 use crate::exit::ExitSignal;
+use crate::jail::{Jail, ThreadKind};
 use crate::kvm;
 
 /// The two address spaces of the guest's devices.
@@ -65,17 +66,18 @@ const PAUSE_DEADLINE: Duration = Duration::from_secs(2);
 const KICK_INTERVAL: Duration = Duration::from_millis(5);
 
 impl Vcpus {
-    /// Starts a thread for each vCPU.
+    /// Starts a thread for each vCPU; they run the guest from [`Self::resume`] on.
     ///
     /// # Errors
     /// When the host refuses a thread.
-    pub fn start(vcpus: Vec<VcpuFd>, buses: Arc<Buses>, exit: &ExitSignal) -> io::Result<Self> {
+    pub fn start(vcpus: Vec<VcpuFd>, buses: Arc<Buses>, exit: &ExitSignal, jail: &Jail) -> io::Result<Self> {
         register_signal_handler(SIGRTMIN(), ignore_kick)?;
         let gate = Arc::new(Gate::default());
+        lock(&gate.state).paused = true;
         let counts = Arc::new(ExitCounts::default());
         let mut threads = Vec::new();
         for (index, fd) in vcpus.into_iter().enumerate() {
-            let vcpu = Vcpu {
+            let mut vcpu = Vcpu {
                 index,
                 fd,
                 last_access: Access::None,
@@ -84,7 +86,15 @@ impl Vcpus {
                 counts: counts.clone(),
                 exit: exit.clone(),
             };
-            threads.push(thread::Builder::new().name(format!("vcpu{index}")).spawn(move || vcpu.run())?);
+            let jail = jail.clone();
+            threads.push(thread::Builder::new().name(format!("vcpu{index}")).spawn(move || {
+                jail.confine(ThreadKind::Vcpu);
+                vcpu.run();
+                // The process is about to end. Ending a thread takes calls that a vCPU has no other use for.
+                loop {
+                    thread::park();
+                }
+            })?);
         }
         Ok(Self { threads, gate, counts, buses })
     }
@@ -157,7 +167,7 @@ struct Vcpu {
 }
 
 impl Vcpu {
-    fn run(mut self) {
+    fn run(&mut self) {
         let mut port_exits = 0;
         loop {
             self.stand_still_while_paused();

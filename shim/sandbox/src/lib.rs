@@ -13,6 +13,7 @@ mod boot;
 mod copy;
 pub mod error;
 pub mod network;
+mod pid_namespace;
 pub mod plan;
 pub mod probe;
 pub mod share;

@@ -15,6 +15,7 @@ use agent_api::{CONTROL_PORT, STREAM_PORT};
 use command_fds::{CommandFdExt as _, FdMapping};
 use rustix::fs::MemfdFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use rustix::process::Signal;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
 use tokio::net::{UnixDatagram, UnixStream};
 use tokio::process::{Child, Command};
@@ -24,6 +25,7 @@ use vmm_api::net::NetConfig;
 use vmm_api::{CachePolicy, Fd, HostPort, ShareConfig, VmConfig, VsockConfig};
 
 use crate::network::Interface;
+use crate::pid_namespace;
 use crate::plan::VmSize;
 use crate::text;
 use crate::vmm_control::VmmControl;
@@ -136,7 +138,8 @@ impl VmmProcess {
             action: "hand descriptors to the VMM",
             source: io::ErrorKind::InvalidInput.into(),
         })?;
-        let child = command.spawn().map_err(|source| BootError::Spawn { path: spawn.program, source })?;
+        let child = pid_namespace::of_child(|| command.spawn())
+            .map_err(|source| BootError::Spawn { path: spawn.program, source })?;
         drop(command);
         Ok((Self::watch(child, control), Ports { control: agent_port, streams: stream_port }))
     }
@@ -236,6 +239,9 @@ async fn watch_child(
 }
 
 fn killed_by(signal: i32) -> Exit {
+    if signal == Signal::SYS.as_raw() {
+        return unexplained("a thread made a system call that its filter does not have, and was ended".to_owned());
+    }
     Exit { reason: ExitReason::Signal { signal }, console_tail: String::new() }
 }
 

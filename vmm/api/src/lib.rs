@@ -50,6 +50,18 @@ pub struct VmConfig {
     pub networks: Vec<NetConfig>,
 }
 
+impl VmConfig {
+    /// Every descriptor that it names.
+    #[must_use]
+    pub fn fds(&self) -> Vec<Fd> {
+        let one = [Some(self.kernel), Some(self.control), self.kvm, self.initramfs, self.console];
+        let ports = self.vsock.iter().flat_map(|vsock| &vsock.host_ports).map(|port| port.socket);
+        let shares = self.shares.iter().map(|share| share.root);
+        let networks = self.networks.iter().flat_map(|network| network.fds.iter().copied());
+        one.into_iter().flatten().chain(ports).chain(shares).chain(networks).collect()
+    }
+}
+
 /// Most vCPUs of one VM.
 pub const MAX_VCPUS: u8 = 64;
 /// Least guest RAM, in MiB: kernel and agent need about 40.

@@ -17,6 +17,7 @@ pub mod pci;
 pub mod rng;
 pub mod vsock;
 
+use crate::device_thread::DeviceThread;
 pub use pci::Interrupt;
 
 /// Guest RAM as every device sees it.
@@ -34,12 +35,12 @@ pub trait VirtioDevice: Send {
     fn features(&self) -> u64;
     /// Device configuration space, read-only for the driver.
     fn config(&self) -> Cow<'_, [u8]>;
-    /// The driver is ready. Called once between two resets.
+    /// The driver is ready. Called once between two resets, on the thread of devices.
     ///
     /// # Errors
     /// Why the device cannot work with these queues; the driver then sees `DEVICE_NEEDS_RESET`.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
-    /// Stops all work on the queues; the device does not touch guest memory after this returned.
+    /// Stops all work on the queues, on the thread of devices; the device does not touch guest memory after this returned.
     fn reset(&mut self);
 }
 
@@ -53,6 +54,8 @@ pub struct Activation {
     pub queues: Vec<ActiveQueue>,
     /// Tells the driver that the configuration space has changed.
     pub config_changed: Interrupt,
+    /// Where this happens, and what starts other threads.
+    pub device_thread: DeviceThread,
 }
 
 /// A queue with its doorbell and its interrupt.

@@ -10,6 +10,7 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::fs::{AtFlags, StatxFlags, statx};
 use rustix::process::{Resource, getrlimit};
 use thiserror::Error;
 use virtio_queue::QueueT as _;
@@ -42,6 +43,9 @@ pub enum FsError {
     /// The tag is empty or too long.
     #[error("a tag has 1 to {TAG_LEN} bytes")]
     Tag,
+    /// From the directory a way leads up, to files of the host that are not shared.
+    #[error("the directory has a parent; share the root of a mount that is attached nowhere (open_tree)")]
+    Parent,
     /// The directory cannot be served.
     #[error("cannot serve the directory")]
     Open(#[source] io::Error),
@@ -65,6 +69,9 @@ impl Fs {
         if tag.is_empty() || tag.len() > TAG_LEN {
             return Err(FsError::Tag);
         }
+        if has_parent(&root).map_err(FsError::Open)? {
+            return Err(FsError::Parent);
+        }
         // virtio_fs_config (VIRTIO 1.2, 5.11.4): the tag, padded with zeros, and the number of request queues.
         let mut config = tag.as_bytes().to_vec();
         config.resize(TAG_LEN, 0);
@@ -81,6 +88,14 @@ impl Fs {
             _root: root,
         })
     }
+}
+
+/// The root of a mount that is attached nowhere is its own parent.
+fn has_parent(root: &OwnedFd) -> io::Result<bool> {
+    let wanted = StatxFlags::INO | StatxFlags::MNT_ID;
+    let own = statx(root, ".", AtFlags::empty(), wanted)?;
+    let parent = statx(root, "..", AtFlags::empty(), wanted)?;
+    Ok((own.stx_mnt_id, own.stx_ino) != (parent.stx_mnt_id, parent.stx_ino))
 }
 
 fn passthrough_config(root: &OwnedFd, cache: CachePolicy) -> passthrough::Config {
@@ -135,8 +150,9 @@ impl VirtioDevice for Fs {
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         // A driver with fewer CPUs than queues leaves some alone.
         for (index, queue) in activation.queues.into_iter().enumerate().filter(|(_, queue)| queue.queue.ready()) {
-            let worker = Worker::spawn(index, queue, activation.memory.clone(), self.server.clone())
-                .map_err(|source| ActivateError::Host { action: "start a worker of a share", source })?;
+            let worker =
+                Worker::spawn(index, queue, activation.memory.clone(), self.server.clone(), &activation.device_thread)
+                    .map_err(|source| ActivateError::Host { action: "start a worker of a share", source })?;
             self.workers.push(worker);
         }
         Ok(())

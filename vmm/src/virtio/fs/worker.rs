@@ -13,6 +13,8 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::checked::CheckedFs;
+use crate::device_thread::DeviceThread;
+use crate::jail::ThreadKind;
 use crate::virtio::{ActiveQueue, GuestMemory};
 
 /// A ring that claims requests and gives none this many times in a row is broken.
@@ -34,12 +36,14 @@ impl Worker {
         queue: ActiveQueue,
         memory: Arc<GuestMemory>,
         server: Arc<Server<CheckedFs>>,
+        device_thread: &DeviceThread,
     ) -> io::Result<Self> {
         let stop = EventFd::new(EFD_NONBLOCK)?;
         let doorbell = Doorbell::create(&queue.kick, &stop)?;
         let stopping = Arc::new(AtomicBool::new(false));
         let mut serving = Serving { queue, memory, server, stopping: stopping.clone() };
-        let thread = thread::Builder::new().name(format!("fs{index}")).spawn(move || {
+        let builder = thread::Builder::new().name(format!("fs{index}"));
+        let thread = device_thread.spawn(builder, ThreadKind::Fs, move || {
             // virtiofsd changes the umask and the credentials of the calling thread only; the umask needs its own fs_struct.
             if nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS).is_err() {
                 tracing::error!("a worker cannot have a file system context of its own; the share is not served");

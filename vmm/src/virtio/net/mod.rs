@@ -189,7 +189,7 @@ impl Net {
         let guard = self.device.only_from.clone().map(|addresses| SpoofGuard::new(self.device.mac, addresses));
         let [rx, tx] = queues;
         let now = Instant::now();
-        let worker = Worker::spawn(Pair {
+        let pair = Pair {
             index: u16::try_from(index).expect("at most 8"),
             rx: Rx::new(rx, with.features & VIRTIO_NET_F_MRG_RXBUF != 0),
             tx: Tx::new(tx, with.features, self.device.mtu, guard),
@@ -198,7 +198,8 @@ impl Net {
             shared: self.shared.clone(),
             rx_limit: Limiter::new(self.device.rx_limit, now),
             tx_limit: Limiter::new(self.device.tx_limit, now),
-        });
+        };
+        let worker = Worker::spawn(pair, &with.device_thread);
         self.workers.push(worker.map_err(host("start a worker of a network interface"))?);
         Ok(())
     }

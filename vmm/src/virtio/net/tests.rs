@@ -9,6 +9,8 @@ use vm_memory::{Bytes as _, GuestAddress};
 use vmm_api::net::{MacAddress, RateLimit};
 
 use super::*;
+use crate::device_thread::DeviceThread;
+use crate::jail::Jail;
 use crate::virtio::driver::{DriverQueue, NEXT, WRITE};
 use crate::virtio::{GuestMemory, Interrupt};
 
@@ -60,7 +62,9 @@ impl Driver {
         let kicks = [0, 1].map(|index: usize| queues[index].kick.try_clone().expect("an eventfd"));
         let features = VIRTIO_F_VERSION_1 | VIRTIO_NET_F_MRG_RXBUF | VIRTIO_NET_F_STATUS;
         let config_changed = Interrupt::unheard();
-        net.activate(Activation { memory: memory.clone(), features, queues, config_changed }).expect("activated");
+        let device_thread = DeviceThread::start(Jail::default()).expect("a thread");
+        net.activate(Activation { memory: memory.clone(), features, queues, config_changed, device_thread })
+            .expect("activated");
         Self { net, memory, rx, tx, kicks, host }
     }
 
@@ -293,7 +297,8 @@ fn a_reset_gives_the_device_back_as_it_was() {
     let queues = vec![rx.activate(), tx.activate()];
     let kick = queues[1].kick.try_clone().expect("an eventfd");
     let (memory, config_changed) = (driver.memory.clone(), Interrupt::unheard());
-    let activation = Activation { memory, features: VIRTIO_F_VERSION_1, queues, config_changed };
+    let device_thread = DeviceThread::start(Jail::default()).expect("a thread");
+    let activation = Activation { memory, features: VIRTIO_F_VERSION_1, queues, config_changed, device_thread };
     driver.net.activate(activation).expect("activated again");
     kick.write(1).expect("rung");
     assert_eq!(driver.host_receives(), frame(70));

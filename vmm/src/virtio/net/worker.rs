@@ -17,6 +17,8 @@ use super::limit::Limiter;
 use super::rx::{Delivery, Rx};
 use super::shared::{Shared, count};
 use super::tx::{Sending, Tx, TxError};
+use crate::device_thread::DeviceThread;
+use crate::jail::ThreadKind;
 use crate::virtio::GuestMemory;
 
 /// Frames for the guest in one turn.
@@ -46,14 +48,14 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    pub(super) fn spawn(pair: Pair) -> io::Result<Self> {
+    pub(super) fn spawn(pair: Pair, device_thread: &DeviceThread) -> io::Result<Self> {
         let wake = EventFd::new(EFD_NONBLOCK)?;
         pair.shared.add_worker(&wake)?;
         let watch = Watch::create(&pair, &wake)?;
         let stopping = Arc::new(AtomicBool::new(false));
         let mut serving = Serving { pair, watch, stopping: stopping.clone(), attached: None };
-        let name = format!("net{}", serving.pair.index);
-        let thread = thread::Builder::new().name(name).spawn(move || {
+        let builder = thread::Builder::new().name(format!("net{}", serving.pair.index));
+        let thread = device_thread.spawn(builder, ThreadKind::Net, move || {
             if let Err(TxError::Ring(error)) = serving.run() {
                 // Nothing can be moved until the driver resets the device.
                 tracing::debug!(%error, "the driver broke a ring of a network interface");

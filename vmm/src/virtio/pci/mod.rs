@@ -19,6 +19,7 @@ use thiserror::Error;
 use super::{GuestMemory, VirtioDevice};
 use crate::arch::layout::PCI_WINDOW_START;
 use crate::bus::{Bus, BusDevice};
+use crate::device_thread::DeviceThread;
 use crate::event_loop::lock;
 
 mod config_space;
@@ -29,7 +30,7 @@ mod transport;
 use doorbells::Doorbells;
 pub use msix::Interrupt;
 use msix::MessageTarget;
-use transport::Transport;
+use transport::{Host, Transport};
 
 const CONFIG_ADDRESS_PORT: u64 = 0xcf8;
 const PORT_COUNT: u64 = 8;
@@ -74,6 +75,7 @@ pub struct PciBus {
     mmio: Arc<Bus>,
     /// Slot 1 is the first.
     slots: Mutex<[Option<Plugged>; MAX_DEVICES]>,
+    device_thread: DeviceThread,
 }
 
 /// What is in a slot.
@@ -86,8 +88,14 @@ struct Plugged {
 impl PciBus {
     /// An empty bus whose devices have their windows in `mmio`.
     #[must_use]
-    pub fn new(vm: Arc<VmFd>, memory: Arc<GuestMemory>, mmio: Arc<Bus>) -> Self {
-        Self { vm, memory, mmio, slots: Mutex::default() }
+    pub fn new(vm: Arc<VmFd>, memory: Arc<GuestMemory>, mmio: Arc<Bus>, device_thread: DeviceThread) -> Self {
+        Self { vm, memory, mmio, slots: Mutex::default(), device_thread }
+    }
+
+    /// Where devices are made, started and reset.
+    #[must_use]
+    pub fn device_thread(&self) -> &DeviceThread {
+        &self.device_thread
     }
 
     /// Plugs a device into the first free slot. `name` is what [`Self::remove`] knows it by.
@@ -101,10 +109,16 @@ impl PciBus {
         }
         let index = slots.iter().position(Option::is_none).ok_or(PciError::Full)?;
         let window = PCI_WINDOW_START + index as u64 * WINDOW_LEN;
-        let doorbells = Doorbells::create(self.vm.clone(), device.queue_sizes().len(), window)?;
-        let kicks = doorbells.kicks()?;
+        let (vm, count) = (self.vm.clone(), device.queue_sizes().len());
+        let created = self.device_thread.call(move || {
+            let doorbells = Doorbells::create(vm, count, window)?;
+            let kicks = doorbells.kicks()?;
+            Ok::<_, PciError>((doorbells, kicks))
+        });
+        let (doorbells, kicks) = created?;
         let messages = MessageTarget::Vm(self.vm.clone());
-        let transport = Transport::new(device, kicks, window, messages, self.memory.clone());
+        let host = Host { messages, memory: self.memory.clone(), device_thread: self.device_thread.clone() };
+        let transport = Transport::new(device, kicks, window, host);
         let transport = Arc::new(Mutex::new(transport));
         self.mmio.insert(window, WINDOW_LEN, transport.clone());
         slots[index] = Some(Plugged { name: name.to_owned(), transport, doorbells });

@@ -12,6 +12,7 @@ use super::WINDOW_LEN;
 use super::config_space::ConfigSpace;
 use super::msix::{MessageTarget, MsixTable, VIRTIO_MSI_NO_VECTOR};
 use crate::bus::BusDevice;
+use crate::device_thread::DeviceThread;
 use crate::virtio::{Activation, ActiveQueue, GuestMemory, VirtioDevice};
 
 const COMMON_CONFIG: u64 = 0x0000;
@@ -54,17 +55,26 @@ pub(super) fn doorbell_offset(queue_index: usize) -> u64 {
 
 /// A device and its registers.
 pub(super) struct Transport {
-    device: Box<dyn VirtioDevice>,
+    /// Absent while the thread of devices has it, for which we wait.
+    device: Option<Box<dyn VirtioDevice>>,
     config_space: ConfigSpace,
     msix_capability: usize,
     msix: MsixTable,
     memory: Arc<GuestMemory>,
-    kicks: Vec<EventFd>,
+    kicks: Arc<Vec<EventFd>>,
     registers: Registers,
+    device_thread: DeviceThread,
     /// Pulled out of its slot: nothing answers any more.
     unplugged: bool,
     /// The log has this device's first error; a guest could make any number.
     error_logged: bool,
+}
+
+/// What a device works with.
+pub(super) struct Host {
+    pub(super) messages: MessageTarget,
+    pub(super) memory: Arc<GuestMemory>,
+    pub(super) device_thread: DeviceThread,
 }
 
 /// What the driver has set: all of the transport's state.
@@ -90,13 +100,8 @@ struct QueueRegisters {
 }
 
 impl Transport {
-    pub(super) fn new(
-        device: Box<dyn VirtioDevice>,
-        kicks: Vec<EventFd>,
-        window: u64,
-        messages: MessageTarget,
-        memory: Arc<GuestMemory>,
-    ) -> Self {
+    pub(super) fn new(device: Box<dyn VirtioDevice>, kicks: Vec<EventFd>, window: u64, host: Host) -> Self {
+        let Host { messages, memory, device_thread } = host;
         let vectors = kicks.len() + 1;
         let mut config_space = ConfigSpace::new(VENDOR_VIRTIO, DEVICE_BASE + device.device_id(), CLASS_OTHER);
         // Windows lie below 4 GiB.
@@ -114,13 +119,14 @@ impl Transport {
         let registers = Registers::reset(&*device);
         let msix = MsixTable::new(vectors, messages);
         Self {
-            device,
+            device: Some(device),
             config_space,
             msix_capability,
             msix,
             memory,
-            kicks,
+            kicks: Arc::new(kicks),
             registers,
+            device_thread,
             unplugged: false,
             error_logged: false,
         }
@@ -141,11 +147,29 @@ impl Transport {
     /// Ends all work for good. A vCPU that is about to touch a register meets nothing.
     pub(super) fn unplug(&mut self) {
         self.unplugged = true;
-        self.device.reset();
+        self.on_device_thread(|device| device.reset());
+    }
+
+    fn device(&self) -> &dyn VirtioDevice {
+        self.device.as_deref().expect("only `on_device_thread` takes it, and gives it back")
+    }
+
+    /// Does with the device what a vCPU may not do itself, and waits for it.
+    fn on_device_thread<T: Send + 'static>(
+        &mut self,
+        work: impl FnOnce(&mut dyn VirtioDevice) -> T + Send + 'static,
+    ) -> T {
+        let mut device = self.device.take().expect("given back each time");
+        let (device, result) = self.device_thread.call(move || {
+            let result = work(&mut *device);
+            (device, result)
+        });
+        self.device = Some(device);
+        result
     }
 
     fn offered_features(&self) -> u64 {
-        self.device.features() | TRANSPORT_FEATURES
+        self.device().features() | TRANSPORT_FEATURES
     }
 
     fn selected(&mut self) -> Option<&mut QueueRegisters> {
@@ -196,7 +220,7 @@ impl Transport {
     fn write_queue(&mut self, offset: u64, value: u32) {
         let vector = self.vector(low_half(value));
         let max_size =
-            self.device.queue_sizes().get(usize::from(self.registers.queue_select)).copied().unwrap_or_default();
+            self.device().queue_sizes().get(usize::from(self.registers.queue_select)).copied().unwrap_or_default();
         let negotiating = self.registers.status & DRIVER_OK == 0;
         // Frozen once enabled: a device never sees its rings move.
         let Some(queue) = self.selected().filter(|queue| negotiating && !queue.enabled) else { return };
@@ -233,8 +257,8 @@ impl Transport {
 
     fn write_status(&mut self, status: u8) {
         if status == 0 {
-            self.device.reset();
-            self.registers = Registers::reset(&*self.device);
+            self.on_device_thread(|device| device.reset());
+            self.registers = Registers::reset(self.device());
             return;
         }
         let before = self.registers.status;
@@ -253,7 +277,7 @@ impl Transport {
             && let Err(error) = self.activate()
         {
             if !std::mem::replace(&mut self.error_logged, true) {
-                tracing::warn!(device = self.device.device_id(), error, "a device needs a reset");
+                tracing::warn!(device = self.device().device_id(), error, "a device needs a reset");
             }
             self.registers.status |= DEVICE_NEEDS_RESET;
             // Without a configuration vector the driver polls its status.
@@ -264,18 +288,25 @@ impl Transport {
     fn activate(&mut self) -> Result<(), String> {
         let features = self.registers.driver_features;
         let mut queues = Vec::new();
-        for (registers, kick) in self.registers.queues.iter().zip(&self.kicks) {
+        for registers in &self.registers.queues {
             let queue = self.build_queue(registers, queues.len(), features & VIRTIO_F_EVENT_IDX != 0)?;
-            let kick = kick.try_clone().map_err(|error| format!("cannot clone an eventfd: {error}"))?;
-            queues.push(ActiveQueue { queue, kick, interrupt: self.msix.interrupt(registers.vector) });
+            queues.push((queue, self.msix.interrupt(registers.vector)));
         }
         let config_changed = self.msix.interrupt(self.registers.config_vector);
-        let activation = Activation { memory: self.memory.clone(), features, queues, config_changed };
-        self.device.activate(activation).map_err(|error| error.to_string())
+        let (memory, kicks, device_thread) = (self.memory.clone(), self.kicks.clone(), self.device_thread.clone());
+        self.on_device_thread(move |device| {
+            let with_kick = |((queue, interrupt), kick): (_, &EventFd)| {
+                let kick = kick.try_clone().map_err(|error| format!("cannot clone an eventfd: {error}"))?;
+                Ok(ActiveQueue { queue, kick, interrupt })
+            };
+            let queues = queues.into_iter().zip(kicks.iter()).map(with_kick).collect::<Result<_, String>>()?;
+            let activation = Activation { memory, features, queues, config_changed, device_thread };
+            device.activate(activation).map_err(|error| error.to_string())
+        })
     }
 
     fn build_queue(&self, registers: &QueueRegisters, index: usize, event_idx: bool) -> Result<Queue, String> {
-        let max_size = self.device.queue_sizes().get(index).copied().unwrap_or_default();
+        let max_size = self.device().queue_sizes().get(index).copied().unwrap_or_default();
         let mut queue = Queue::new(max_size).map_err(|error| error.to_string())?;
         queue.set_size(registers.size);
         queue.set_event_idx(event_idx);
@@ -314,7 +345,7 @@ impl BusDevice for Transport {
                 }
             }
             DEVICE_CONFIG => {
-                let config = self.device.config();
+                let config = self.device().config();
                 for (offset, byte) in (at..).zip(data) {
                     *byte = config.get(offset).copied().unwrap_or(0);
                 }

@@ -12,6 +12,8 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::packet::{Header, VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE, VIRTIO_VSOCK_SHUTDOWN_F_SEND};
+use crate::device_thread::DeviceThread;
+use crate::jail::ThreadKind;
 
 /// What we let the guest send ahead, in bytes; also the most that is kept for a slow reader on the host.
 pub(super) const BUF_ALLOC: u32 = 256 << 10;
@@ -170,7 +172,7 @@ impl Connection {
     }
 
     /// The guest is gone from this connection, but a slow reader on the host still gets every byte.
-    pub(super) fn finish_in_background(mut self) {
+    pub(super) fn finish_in_background(mut self, device_thread: &DeviceThread) {
         if FINISHING.fetch_add(1, Ordering::Relaxed) >= MAX_FINISHING {
             FINISHING.fetch_sub(1, Ordering::Relaxed);
             tracing::warn!("too many slow readers; the last bytes of a stream are dropped");
@@ -182,9 +184,14 @@ impl Connection {
             let _ = self.socket.set_nonblocking(false).and_then(|()| self.socket.write_all(&rest));
             FINISHING.fetch_sub(1, Ordering::Relaxed);
         };
-        if std::thread::Builder::new().name("vsock-finish".to_owned()).stack_size(64 << 10).spawn(finish).is_err() {
-            FINISHING.fetch_sub(1, Ordering::Relaxed);
-        }
+        let builder = std::thread::Builder::new().name("vsock-finish".to_owned()).stack_size(64 << 10);
+        let starter = device_thread.clone();
+        // Not waited for: a reset, which that thread may be at, waits for us.
+        device_thread.post(move || {
+            if starter.spawn(builder, ThreadKind::VsockFinish, finish).is_err() {
+                FINISHING.fetch_sub(1, Ordering::Relaxed);
+            }
+        });
     }
 
     fn count_forwarded(&mut self, len: usize) {

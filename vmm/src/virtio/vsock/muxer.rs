@@ -18,6 +18,7 @@ use super::packet::{
     VIRTIO_VSOCK_OP_CREDIT_UPDATE, VIRTIO_VSOCK_OP_REQUEST, VIRTIO_VSOCK_OP_RESPONSE, VIRTIO_VSOCK_OP_RST,
     VIRTIO_VSOCK_OP_RW, VIRTIO_VSOCK_OP_SHUTDOWN, VIRTIO_VSOCK_SHUTDOWN_F_SEND, VIRTIO_VSOCK_TYPE_STREAM,
 };
+use crate::device_thread::DeviceThread;
 use crate::event_loop::{EventSet, EventSource, Registry, SharedSource};
 use crate::virtio::{ActivateError, Activation, ActiveQueue, GuestMemory};
 
@@ -37,6 +38,7 @@ pub(super) struct Muxer {
     guest_cid: u64,
     host_ports: Arc<Vec<(u32, OwnedFd)>>,
     registry: Registry,
+    device_thread: DeviceThread,
     /// Ourselves, for registering sockets.
     this: Weak<Mutex<Muxer>>,
     connections: HashMap<Ports, Connection>,
@@ -68,6 +70,7 @@ impl Muxer {
                 guest_cid,
                 host_ports,
                 registry: registry.clone(),
+                device_thread: activation.device_thread,
                 this: this.clone(),
                 connections: HashMap::new(),
                 pending: VecDeque::new(),
@@ -261,7 +264,7 @@ impl Muxer {
                 self.readable.retain(|waiting| *waiting != ports);
             }
             if connection.flush().is_ok() && connection.has_output() {
-                connection.finish_in_background();
+                connection.finish_in_background(&self.device_thread);
             }
         }
     }

@@ -9,6 +9,7 @@ use vm_memory::{Bytes as _, GuestAddress};
 use vmm_api::CachePolicy;
 
 use super::*;
+use crate::jail::Jail;
 use crate::virtio::driver::DriverQueue;
 use crate::virtio::fs::ALWAYS_TIMEOUT;
 
@@ -156,7 +157,8 @@ fn a_ring_that_promises_requests_and_has_none_is_left() {
 #[test]
 fn a_worker_that_is_dropped_ends() {
     let Share { driver, memory, serving, .. } = Share::new();
-    let worker = Worker::spawn(1, driver.activate(), memory, serving.server).expect("a worker");
+    let device_thread = DeviceThread::start(Jail::default()).expect("a thread");
+    let worker = Worker::spawn(1, driver.activate(), memory, serving.server, &device_thread).expect("a worker");
     drop(worker);
 }
 
@@ -166,7 +168,10 @@ fn a_directory_that_is_not_there_is_refused() {
     let long = crate::virtio::fs::Fs::open(&"t".repeat(37), file.into(), CachePolicy::Auto, 1);
     assert!(matches!(long, Err(crate::virtio::fs::FsError::Tag)));
     let dir = tempfile::tempdir().expect("a temporary folder");
-    let root = File::open(dir.path()).expect("a folder");
+    let below = File::open(dir.path()).expect("a folder");
+    let below = crate::virtio::fs::Fs::open("tag", below.into(), CachePolicy::Auto, 1);
+    assert!(matches!(below, Err(crate::virtio::fs::FsError::Parent)));
+    let root = File::open("/").expect("a folder");
     let fs = crate::virtio::fs::Fs::open("tag", root.into(), CachePolicy::Auto, 200).expect("a share");
     assert_eq!(crate::virtio::VirtioDevice::queue_sizes(&fs).len(), 5);
 }

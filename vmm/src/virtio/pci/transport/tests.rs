@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
+use crate::jail::Jail;
 use crate::virtio::ActivateError;
 
 /// A device that says what is done with it.
@@ -39,7 +40,9 @@ fn transport() -> (Transport, Receiver<&'static str>) {
     let (messages, _) = mpsc::channel();
     let kicks = (0..2).map(|_| EventFd::new(EFD_NONBLOCK).expect("an eventfd")).collect();
     let memory = crate::memory::create(64).expect("memory");
-    (Transport::new(Box::new(Told(told)), kicks, 0xc000_0000, MessageTarget::Test(messages), memory), heard)
+    let device_thread = DeviceThread::start(Jail::default()).expect("a thread");
+    let host = Host { messages: MessageTarget::Test(messages), memory, device_thread };
+    (Transport::new(Box::new(Told(told)), kicks, 0xc000_0000, host), heard)
 }
 
 fn read(transport: &mut Transport, offset: u64, len: usize) -> u32 {

@@ -9,6 +9,7 @@ use vm_memory::{Bytes as _, GuestAddress};
 use super::super::packet::{VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE, VIRTIO_VSOCK_SHUTDOWN_F_SEND as F_SEND};
 use super::*;
 use crate::event_loop::lock;
+use crate::jail::Jail;
 use crate::virtio::Interrupt;
 use crate::virtio::driver::DriverQueue;
 
@@ -37,7 +38,8 @@ impl Guest {
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::NONBLOCK, None).expect("a socket pair");
         let queues = vec![rx.activate(), tx.activate()];
         let config_changed = Interrupt::unheard();
-        let activation = Activation { memory: memory.clone(), features: 0, queues, config_changed };
+        let device_thread = DeviceThread::start(Jail::default()).expect("a thread");
+        let activation = Activation { memory: memory.clone(), features: 0, queues, config_changed, device_thread };
         let registry = Registry::create().expect("epoll");
         let muxer = Muxer::start(activation, GUEST_CID, Arc::new(vec![(PORT, ours)]), registry).expect("a muxer");
         Self { memory, rx, tx, muxer, owner }

@@ -1,0 +1,304 @@
+//! Which system calls each kind of thread may make, as lists to be read. Any other ends the process.
+//!
+//! A list holds what its threads were seen to need under the stories, and what the C library and the allocator may do at any
+//! time. Memory is never executable, descriptors never name a new socket, threads of other processes are never signalled.
+
+use std::collections::BTreeMap;
+use std::io;
+
+use libc::c_long;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    TargetArch, apply_filter,
+};
+
+use super::{JailError, refused};
+
+/// What a thread is for.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub enum ThreadKind {
+    /// The main thread, once the VM is built.
+    EventLoop,
+    /// `vcpuN`.
+    Vcpu,
+    /// `devices`: starts and resets devices.
+    Devices,
+    /// `fsN`.
+    Fs,
+    /// `netN`.
+    Net,
+    /// `vsock-finish`.
+    VsockFinish,
+}
+
+/// A call, and what must be true of one of its arguments.
+#[derive(Clone, Copy)]
+struct Allowed {
+    call: c_long,
+    when: When,
+}
+
+#[derive(Clone, Copy)]
+enum When {
+    Always,
+    /// The argument of this index has one of these values.
+    OneOf(u8, &'static [u64]),
+    /// It has none of these bits.
+    Without(u8, u64),
+    /// It is our process id.
+    OwnProcess(u8),
+}
+
+const fn always(call: c_long) -> Allowed {
+    Allowed { call, when: When::Always }
+}
+
+const fn one_of(call: c_long, argument: u8, values: &'static [u64]) -> Allowed {
+    Allowed { call, when: When::OneOf(argument, values) }
+}
+
+const fn without(call: c_long, argument: u8, bits: u64) -> Allowed {
+    Allowed { call, when: When::Without(argument, bits) }
+}
+
+const EXECUTABLE: u64 = 4; // PROT_EXEC
+const KVM_RUN: u64 = 0xae80;
+const KVM_IOEVENTFD: u64 = 0x4040_ae79;
+const KVM_SIGNAL_MSI: u64 = 0x4020_aea5;
+const KVM_GET_REGS: u64 = 0x8090_ae81;
+const KVM_GET_SREGS: u64 = 0x8138_ae83;
+const TUNGETIFF: u64 = 0x8004_54d2;
+const TUNSETVNETHDRSZ: u64 = 0x4004_54d8;
+const TUNSETOFFLOAD: u64 = 0x4004_54d0;
+const TUNSETQUEUE: u64 = 0x4004_54d9;
+const FIONBIO: u64 = 0x5421;
+const PR_SET_NAME: u64 = 15;
+const PR_CAPBSET_READ: u64 = 23;
+const PR_SET_NO_NEW_PRIVS: u64 = 38;
+const PR_CAP_AMBIENT: u64 = 47;
+const SECCOMP_SET_MODE_FILTER: u64 = 1;
+const CLONE_FS: u64 = 0x200;
+/// What the C library starts a thread with: everything is shared, and no namespace is new.
+const CLONE_THREAD: u64 = 0x003d_0f00;
+const AF_UNIX: u64 = 1;
+/// `F_GETFD`, `F_SETFD`, `F_GETFL`, `F_SETFL`, `F_DUPFD_CLOEXEC`.
+const DESCRIPTOR_FLAGS: &[u64] = &[1, 2, 3, 4, 1030];
+
+/// Of every thread: memory, locks, the time of a log line and its text.
+const COMMON: &[Allowed] = &[
+    always(libc::SYS_brk),
+    always(libc::SYS_clock_gettime),
+    always(libc::SYS_futex),
+    always(libc::SYS_madvise),
+    without(libc::SYS_mmap, 2, EXECUTABLE),
+    without(libc::SYS_mprotect, 2, EXECUTABLE),
+    always(libc::SYS_mremap),
+    always(libc::SYS_munmap),
+    always(libc::SYS_write),
+];
+
+/// A vCPU's thread never ends: see `vcpu.rs`.
+const VCPU: &[Allowed] = &[
+    one_of(libc::SYS_ioctl, 1, &[KVM_RUN, KVM_SIGNAL_MSI, KVM_IOEVENTFD, KVM_GET_REGS, KVM_GET_SREGS]),
+    // Behind the signal that interrupts KVM_RUN.
+    always(libc::SYS_rt_sigreturn),
+];
+
+const EVENT_LOOP: &[Allowed] = &[
+    always(libc::SYS_close),
+    always(libc::SYS_epoll_ctl),
+    always(libc::SYS_epoll_wait),
+    always(libc::SYS_exit_group),
+    always(libc::SYS_getpid),
+    // Entropy for the guest.
+    always(libc::SYS_getrandom),
+    one_of(libc::SYS_ioctl, 1, &[KVM_SIGNAL_MSI, KVM_IOEVENTFD, FIONBIO]),
+    always(libc::SYS_read),
+    always(libc::SYS_recvmsg),
+    always(libc::SYS_rt_sigprocmask),
+    always(libc::SYS_sendmsg),
+    always(libc::SYS_sendto),
+    always(libc::SYS_shutdown),
+    always(libc::SYS_sigaltstack),
+    one_of(libc::SYS_socketpair, 0, &[AF_UNIX]),
+    Allowed { call: libc::SYS_tgkill, when: When::OwnProcess(0) },
+];
+
+/// Of a thread that waits for a queue and ends when its device is reset.
+const WORKER: &[Allowed] = &[
+    always(libc::SYS_close),
+    always(libc::SYS_epoll_wait),
+    always(libc::SYS_exit),
+    always(libc::SYS_read),
+    always(libc::SYS_rt_sigprocmask),
+    always(libc::SYS_sigaltstack),
+];
+
+const FS: &[Allowed] = &[
+    // Data.
+    always(libc::SYS_copy_file_range),
+    always(libc::SYS_fallocate),
+    always(libc::SYS_fdatasync),
+    always(libc::SYS_flock),
+    always(libc::SYS_fsync),
+    always(libc::SYS_ftruncate),
+    always(libc::SYS_lseek),
+    always(libc::SYS_preadv2),
+    always(libc::SYS_pwritev2),
+    always(libc::SYS_syncfs),
+    // Names.
+    always(libc::SYS_getdents64),
+    always(libc::SYS_linkat),
+    always(libc::SYS_mkdirat),
+    always(libc::SYS_mknodat),
+    always(libc::SYS_openat),
+    always(libc::SYS_openat2),
+    always(libc::SYS_readlinkat),
+    always(libc::SYS_renameat2),
+    always(libc::SYS_symlinkat),
+    always(libc::SYS_unlinkat),
+    // Attributes.
+    always(libc::SYS_fchdir),
+    always(libc::SYS_fchmod),
+    always(libc::SYS_fchmodat),
+    always(libc::SYS_fchownat),
+    always(libc::SYS_fgetxattr),
+    always(libc::SYS_flistxattr),
+    always(libc::SYS_fremovexattr),
+    always(libc::SYS_fsetxattr),
+    always(libc::SYS_fstatfs),
+    always(libc::SYS_getxattr),
+    always(libc::SYS_listxattr),
+    always(libc::SYS_removexattr),
+    always(libc::SYS_setxattr),
+    always(libc::SYS_statx),
+    always(libc::SYS_umask),
+    always(libc::SYS_utimensat),
+    // The guest's users.
+    always(libc::SYS_capget),
+    always(libc::SYS_capset),
+    always(libc::SYS_getegid),
+    always(libc::SYS_geteuid),
+    always(libc::SYS_setgroups),
+    always(libc::SYS_setresgid),
+    always(libc::SYS_setresuid),
+    // The rest: duplicates of descriptors, interrupts, the keys of a hash table, what libcap-ng asks.
+    always(libc::SYS_dup),
+    one_of(libc::SYS_fcntl, 1, DESCRIPTOR_FLAGS),
+    always(libc::SYS_getrandom),
+    always(libc::SYS_gettid),
+    one_of(libc::SYS_ioctl, 1, &[KVM_SIGNAL_MSI]),
+    one_of(libc::SYS_prctl, 0, &[PR_CAPBSET_READ, PR_CAP_AMBIENT]),
+    // A umask of the thread's own.
+    one_of(libc::SYS_unshare, 0, &[CLONE_FS]),
+];
+
+const NET: &[Allowed] = &[
+    always(libc::SYS_epoll_ctl),
+    one_of(libc::SYS_ioctl, 1, &[KVM_SIGNAL_MSI, TUNSETQUEUE]),
+    always(libc::SYS_readv),
+    always(libc::SYS_writev),
+];
+
+const VSOCK_FINISH: &[Allowed] =
+    &[one_of(libc::SYS_ioctl, 1, &[FIONBIO]), one_of(libc::SYS_fcntl, 1, DESCRIPTOR_FLAGS)];
+
+/// Beside all that its children may do, whose filters only add to this one.
+const DEVICES: &[Allowed] = &[
+    one_of(libc::SYS_clone, 0, &[CLONE_THREAD]),
+    // Refused by `without_clone3`, but not deadly.
+    always(libc::SYS_clone3),
+    always(libc::SYS_epoll_create1),
+    always(libc::SYS_eventfd2),
+    one_of(libc::SYS_ioctl, 1, &[KVM_IOEVENTFD, TUNGETIFF, TUNSETVNETHDRSZ, TUNSETOFFLOAD, FIONBIO]),
+    one_of(libc::SYS_prctl, 0, &[PR_SET_NAME, PR_SET_NO_NEW_PRIVS]),
+    always(libc::SYS_prlimit64),
+    always(libc::SYS_rseq),
+    always(libc::SYS_sched_getaffinity),
+    one_of(libc::SYS_seccomp, 0, &[SECCOMP_SET_MODE_FILTER]),
+    always(libc::SYS_set_robust_list),
+];
+
+impl ThreadKind {
+    const ALL: [Self; 6] = [Self::EventLoop, Self::Vcpu, Self::Devices, Self::Fs, Self::Net, Self::VsockFinish];
+
+    fn lists(self) -> &'static [&'static [Allowed]] {
+        match self {
+            Self::EventLoop => &[COMMON, EVENT_LOOP],
+            Self::Vcpu => &[COMMON, VCPU],
+            Self::Devices => &[COMMON, WORKER, FS, NET, VSOCK_FINISH, DEVICES],
+            Self::Fs => &[COMMON, WORKER, FS],
+            Self::Net => &[COMMON, WORKER, NET],
+            Self::VsockFinish => &[COMMON, WORKER, VSOCK_FINISH],
+        }
+    }
+}
+
+/// The filters, ready to be loaded.
+#[derive(Debug)]
+pub(super) struct Filters(BTreeMap<ThreadKind, BpfProgram>);
+
+impl Filters {
+    /// Makes the filters, and takes the one call from the whole process whose flags a filter cannot see. The C library then
+    /// starts threads by clone(2).
+    pub(super) fn load() -> Result<Self, JailError> {
+        let refused = refused("load a filter of system calls");
+        let clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+        let not_there = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
+        let clone3 = filter(clone3, SeccompAction::Allow, not_there).map_err(&refused)?;
+        apply_filter(&clone3).map_err(io::Error::other).map_err(&refused)?;
+        let compiled = ThreadKind::ALL.into_iter().map(|kind| {
+            let rules = rules(kind)?;
+            Ok((kind, filter(rules, SeccompAction::KillProcess, SeccompAction::Allow)?))
+        });
+        compiled.collect::<io::Result<_>>().map(Self).map_err(&refused)
+    }
+
+    /// Confines the calling thread, and all that it starts.
+    pub(super) fn apply(&self, kind: ThreadKind) -> io::Result<()> {
+        let program = self.0.get(&kind).ok_or(io::ErrorKind::NotFound)?;
+        apply_filter(program).map_err(io::Error::other)
+    }
+}
+
+fn filter(
+    rules: BTreeMap<c_long, Vec<SeccompRule>>,
+    otherwise: SeccompAction,
+    matching: SeccompAction,
+) -> io::Result<BpfProgram> {
+    let arch = TargetArch::try_from(std::env::consts::ARCH).map_err(io::Error::other)?;
+    let filter = SeccompFilter::new(rules, otherwise, matching, arch).map_err(io::Error::other)?;
+    filter.try_into().map_err(io::Error::other)
+}
+
+/// What is allowed always in one list and sometimes in another is allowed always; no rules mean always.
+fn rules(kind: ThreadKind) -> io::Result<BTreeMap<c_long, Vec<SeccompRule>>> {
+    let mut rules = BTreeMap::<c_long, Vec<SeccompRule>>::new();
+    let allowed = || kind.lists().iter().copied().flatten();
+    for Allowed { call, when } in allowed() {
+        rules.entry(*call).or_default().extend(alternatives(*when)?);
+    }
+    for Allowed { call, .. } in allowed().filter(|allowed| matches!(allowed.when, When::Always)) {
+        rules.insert(*call, Vec::new());
+    }
+    Ok(rules)
+}
+
+/// Each is enough.
+fn alternatives(when: When) -> io::Result<Vec<SeccompRule>> {
+    let (argument, comparisons) = match when {
+        When::Always => return Ok(Vec::new()),
+        When::OneOf(argument, values) => {
+            (argument, values.iter().map(|value| (SeccompCmpOp::Eq, *value)).collect::<Vec<_>>())
+        }
+        When::Without(argument, bits) => (argument, vec![(SeccompCmpOp::MaskedEq(bits), 0)]),
+        When::OwnProcess(argument) => (argument, vec![(SeccompCmpOp::Eq, std::process::id().into())]),
+    };
+    // Of every argument that is looked at, the kernel ignores the upper half or refuses to have anything in it.
+    let condition = |(operator, value)| SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value);
+    let rule = |comparison| SeccompRule::new(vec![condition(comparison)?]);
+    comparisons.into_iter().map(|comparison| rule(comparison).map_err(io::Error::other)).collect()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,54 @@
+//! The lists are short, and what is not on them ends the process.
+
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::{Command, ExitStatus};
+
+use super::{Filters, ThreadKind, rules};
+
+fn count(kind: ThreadKind) -> usize {
+    rules(kind).expect("rules").len()
+}
+
+#[test]
+fn each_kind_of_thread_has_few_calls() {
+    let counts = ThreadKind::ALL.map(|kind| (kind, count(kind)));
+    assert!(count(ThreadKind::Vcpu) <= 12, "{counts:?}");
+    assert!(count(ThreadKind::EventLoop) <= 26, "{counts:?}");
+    assert!(count(ThreadKind::Net) <= 26, "{counts:?}");
+    assert!(count(ThreadKind::Fs) <= 65, "{counts:?}");
+}
+
+/// Names what the process that [`end_of`] starts does.
+const PART: &str = "VMM_SECCOMP_TEST";
+
+/// Runs this test again, in a process in which [`PART`] says what to do; returns how it ended.
+fn end_of(test: &str, part: &str) -> ExitStatus {
+    let program = std::env::current_exe().expect("the test's program");
+    let mut command = Command::new(program);
+    command.args(["--exact", test, "--nocapture"]).env(PART, part);
+    command.output().expect("the test's program starts").status
+}
+
+#[test]
+fn a_call_that_is_not_listed_ends_the_process() {
+    const TEST: &str = "jail::seccomp::tests::a_call_that_is_not_listed_ends_the_process";
+    let part = std::env::var(PART);
+    let Ok(part) = part else {
+        assert_eq!(end_of(TEST, "none").signal(), None);
+        assert_eq!(end_of(TEST, "none").code(), Some(0));
+        for part in ["open", "socket", "thread", "process", "signal"] {
+            assert_eq!(end_of(TEST, part).signal(), Some(libc::SIGSYS), "{part}");
+        }
+        return;
+    };
+    let filters = Filters::load().expect("filters");
+    filters.apply(ThreadKind::EventLoop).expect("confined");
+    match part.as_str() {
+        "open" => drop(std::fs::File::open("/")),
+        "socket" => drop(std::net::UdpSocket::bind("127.0.0.1:0")),
+        "thread" => drop(std::thread::Builder::new().spawn(|| ())),
+        "process" => drop(Command::new("/bin/true").spawn()),
+        "signal" => drop(rustix::process::kill_process_group(rustix::process::getpid(), rustix::process::Signal::HUP)),
+        _ => std::process::exit(0),
+    }
+}
