@@ -25,7 +25,7 @@ run: build
 # Unit tests here, stories on KVM.
 test: build lint
 	$(hostile) build --release
-	@tests/install-packages docker-registry skopeo containernetworking-plugins iproute2 iptables passt
+	@tests/install-packages docker-registry skopeo containernetworking-plugins iproute2 iptables passt curl
 	tests/debian-image >/dev/null
 	tests/containerd-packages >/dev/null
 	tests/run

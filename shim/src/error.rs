@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::io;
 
+use sandbox::network::NetworkError;
 use sandbox::plan::PlanError;
 use sandbox::{BootError, CallError, ControlError};
 use thiserror::Error;
@@ -38,6 +39,9 @@ pub(crate) enum TaskError {
     /// A size or a mount that cannot be.
     #[error(transparent)]
     Plan(#[from] PlanError),
+    /// The VM cannot be joined to its network.
+    #[error("cannot use the network namespace")]
+    Network(#[from] NetworkError),
     /// The VM did not come up.
     #[error("cannot start the VM")]
     Boot(#[from] BootError),
@@ -69,7 +73,13 @@ impl TaskError {
                 Code::DEADLINE_EXCEEDED
             }
             Self::Call(_) | Self::Control(_) => Code::UNAVAILABLE,
-            Self::Host { .. } | Self::Boot(_) => Code::INTERNAL,
+            Self::Network(NetworkError::Busy { .. }) => Code::FAILED_PRECONDITION,
+            Self::Network(
+                NetworkError::OpenNamespace { .. }
+                | NetworkError::NotANamespace { .. }
+                | NetworkError::HostNetwork { .. },
+            ) => Code::INVALID_ARGUMENT,
+            Self::Host { .. } | Self::Boot(_) | Self::Network(_) => Code::INTERNAL,
         }
     }
 }

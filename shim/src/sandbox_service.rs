@@ -19,7 +19,8 @@ use ttrpc::asynchronous::TtrpcContext;
 use crate::cri::Limits;
 use crate::error::TaskError;
 use crate::pod::{Pod, SandboxConfig};
-use crate::proto::cri::{DNSConfig, PodSandboxConfig};
+use crate::proto::cri::{DNSConfig, LinuxPodSandboxConfig, NamespaceMode, PodSandboxConfig};
+use crate::translate::HOST_NETWORK;
 use crate::{metrics, translate};
 
 /// The service of a pod.
@@ -62,7 +63,7 @@ impl Sandbox for SandboxService {
     }
 
     async fn sandbox_status(&self, _: &TtrpcContext, request: SandboxStatusRequest) -> Result<SandboxStatusResponse> {
-        let config = self.0.sandbox(&request.sandbox_id)?;
+        self.0.sandbox(&request.sandbox_id)?;
         let mut response = SandboxStatusResponse { sandbox_id: request.sandbox_id, ..Default::default() };
         let vm = self.0.vm();
         response.state = if vm.is_ok() { "SANDBOX_READY" } else { "SANDBOX_NOTREADY" }.to_owned();
@@ -71,9 +72,9 @@ impl Sandbox for SandboxService {
             response.created_at = translate::timestamp(vm.started_at);
             response.info.insert("vcpus".to_owned(), vm.size.vcpus.to_string());
             response.info.insert("memory_mib".to_owned(), vm.size.memory_mib.to_string());
-        }
-        if !config.netns_path.is_empty() {
-            response.info.insert("network".to_owned(), "loopback only".to_owned());
+            response
+                .info
+                .insert("address".to_owned(), vm.address.clone().unwrap_or_else(|| "loopback only".to_owned()));
         }
         if let Some((exit, reason)) = self.0.vm_end() {
             response.exited_at = translate::timestamp(exit.at);
@@ -129,9 +130,17 @@ fn sandbox_config(request: &CreateSandboxRequest) -> std::result::Result<Sandbox
         sysctls: config.linux.sysctls.clone(),
         annotations,
         limits,
-        netns_path: request.netns_path.clone(),
+        netns: netns(&request.netns_path, &config.linux)?,
         cgroups_path: cgroups_path(&config.linux.cgroup_parent, &request.sandbox_id),
     })
+}
+
+/// The pod's network namespace, if it has one of its own.
+fn netns(path: &str, linux: &LinuxPodSandboxConfig) -> std::result::Result<Option<PathBuf>, TaskError> {
+    if linux.security_context.namespace_options.network.enum_value() == Ok(NamespaceMode::NODE) {
+        return Err(TaskError::Unsupported(HOST_NETWORK));
+    }
+    Ok(Some(PathBuf::from(path)).filter(|path| !path.as_os_str().is_empty()))
 }
 
 /// A cgroup below the pod's, in the form of the parent's: systemd's or the kernel's.
@@ -164,7 +173,23 @@ mod tests {
 
     use super::sandbox_config;
     use crate::cri::Limits;
-    use crate::proto::cri::PodSandboxConfig;
+    use crate::error::TaskError;
+    use crate::proto::cri::{NamespaceMode, PodSandboxConfig};
+
+    fn request(config: &PodSandboxConfig) -> CreateSandboxRequest {
+        let value = config.write_to_bytes().expect("encoded");
+        let any = Any { type_url: "runtime.v1.PodSandboxConfig".to_owned(), value, ..Default::default() };
+        CreateSandboxRequest { options: Some(any).into(), ..Default::default() }
+    }
+
+    #[test]
+    fn the_network_of_the_host_is_refused_by_name() {
+        let mut config = PodSandboxConfig::new();
+        let security = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
+        security.namespace_options.mut_or_insert_default().network = NamespaceMode::NODE.into();
+        let refused = sandbox_config(&request(&config)).map(drop).expect_err("refused");
+        assert!(matches!(refused, TaskError::Unsupported(what) if what.contains("hostNetwork")), "{refused}");
+    }
 
     #[test]
     fn the_pods_configuration_is_read() {
@@ -176,10 +201,9 @@ mod tests {
         linux.sysctls.insert("net.core.somaxconn".to_owned(), "64".to_owned());
         let resources = linux.resources.mut_or_insert_default();
         (resources.cpu_quota, resources.cpu_period, resources.memory_limit_in_bytes) = (50_000, 100_000, 1 << 28);
-        let value = config.write_to_bytes().expect("encoded");
-        let any = Any { type_url: "runtime.v1.PodSandboxConfig".to_owned(), value, ..Default::default() };
-        let request = CreateSandboxRequest { options: Some(any).into(), ..Default::default() };
+        let request = CreateSandboxRequest { netns_path: "/run/netns/a".to_owned(), ..request(&config) };
         let read = sandbox_config(&request).expect("read");
+        assert_eq!(read.netns, Some("/run/netns/a".into()));
         assert_eq!((read.hostname.as_str(), read.limits), ("web", Limits { cpus: 0.5, memory_bytes: 1 << 28 }));
         assert_eq!(read.resolv_conf, "search svc local\nnameserver 10.0.0.10\noptions ndots:5\n");
         assert_eq!(read.sysctls["net.core.somaxconn"], "64");

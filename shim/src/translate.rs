@@ -16,6 +16,9 @@ use crate::error::TaskError;
 use crate::process::{Phase, Process};
 use crate::stdio::Stdio;
 
+/// What a VM cannot have.
+pub(crate) const HOST_NETWORK: &str = "the host's network (hostNetwork) in a VM";
+
 /// A container that containerd asks for.
 #[derive(Clone, Debug)]
 pub(crate) struct CreateContainer {
@@ -26,8 +29,8 @@ pub(crate) struct CreateContainer {
     /// What its root is mounted from; nothing when `bundle` has it already.
     pub(crate) rootfs: Vec<HostMount>,
     pub(crate) spec: Spec,
-    /// A network namespace was made for it, as CNI does for a pod.
-    pub(crate) has_netns: bool,
+    /// The network namespace that was made for it, as CNI does for a pod.
+    pub(crate) netns: Option<PathBuf>,
 }
 
 impl CreateContainer {
@@ -47,6 +50,7 @@ pub(crate) fn create_container(request: &CreateTaskRequest, spec: Spec) -> Resul
     if role == Role::Member && cri::sandbox_id(&annotations).is_none() {
         role = Role::Alone;
     }
+    let netns = netns(&spec)?;
     Ok(CreateContainer {
         id: request.id.clone(),
         bundle: PathBuf::from(&request.bundle),
@@ -58,14 +62,16 @@ pub(crate) fn create_container(request: &CreateTaskRequest, spec: Spec) -> Resul
             terminal: request.terminal,
         },
         rootfs: request.rootfs.iter().map(host_mount).collect(),
-        has_netns: has_netns(&spec),
+        netns,
         spec: guest_spec(spec, request.terminal, role),
     })
 }
 
-fn has_netns(spec: &Spec) -> bool {
+/// The network namespace of a spec, if somebody has made it. A spec without one wants the host's.
+fn netns(spec: &Spec) -> Result<Option<PathBuf>, TaskError> {
     let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().clone()).unwrap_or_default();
-    namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Network && namespace.path().is_some())
+    let found = namespaces.iter().find(|namespace| namespace.typ() == LinuxNamespaceType::Network);
+    found.map(|namespace| namespace.path().clone()).ok_or(TaskError::Unsupported(HOST_NETWORK))
 }
 
 fn host_mount(mount: &Mount) -> HostMount {
@@ -229,6 +235,19 @@ mod tests {
         assert_eq!((process.selinux_label(), process.apparmor_profile()), (&None, &None));
         assert_eq!(process.terminal(), Some(true));
         assert_eq!(container.spec.linux().clone().expect("linux").mount_label(), &None);
+    }
+
+    #[test]
+    fn the_network_is_the_namespace_that_was_made_and_never_the_host_s() {
+        let pod = json!({ "io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-id": "a" });
+        assert_eq!(create(pod).expect("translated").netns, Some("/var/run/netns/cni-1".into()));
+        let with = |namespaces| {
+            let linux = json!({ "ociVersion": "1.1.0", "linux": { "namespaces": namespaces } });
+            create_container(&CreateTaskRequest::default(), serde_json::from_value(linux).expect("a spec"))
+        };
+        assert_eq!(with(json!([{ "type": "network" }])).expect("translated").netns, None);
+        let refused = with(json!([{ "type": "pid" }])).expect_err("the host's");
+        assert!(matches!(refused, TaskError::Unsupported(what) if what.contains("hostNetwork")), "{refused}");
     }
 
     #[test]

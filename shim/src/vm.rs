@@ -1,13 +1,14 @@
 //! The VM of a pod, and the way to kill it that needs nobody else.
 
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use sandbox::artifacts::Artifacts;
-use sandbox::network::Network;
+use sandbox::network::pod::{PodOptions, attach};
+use sandbox::network::{Network, Policy};
 use sandbox::plan::VmSize;
 use sandbox::{BootRequest, CachePolicy, Sandbox};
 
@@ -23,12 +24,14 @@ const STOP_DEADLINE: Duration = Duration::from_secs(2);
 pub(crate) type Share = (String, OwnedFd, CachePolicy);
 
 /// Where a VM belongs on the host.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Place<'a> {
     /// Folder of its pod, for the record.
     pub(crate) bundle: &'a Path,
     /// Its cgroup, as specs name it.
     pub(crate) cgroups_path: Option<&'a Path>,
+    /// The network namespace whose interfaces it gets; without one it has loopback.
+    pub(crate) netns: Option<&'a Path>,
 }
 
 /// A VM that has booted.
@@ -36,6 +39,8 @@ pub(crate) struct Vm {
     pub(crate) sandbox: Sandbox,
     pub(crate) size: VmSize,
     pub(crate) started_at: SystemTime,
+    /// Its first address.
+    pub(crate) address: Option<String>,
     pidfd: OwnedFd,
     cgroup: Option<HostCgroup>,
     /// Somebody wanted it to end.
@@ -51,13 +56,16 @@ impl Vm {
         shares: Vec<Share>,
         place: Place<'_>,
     ) -> Result<Self, TaskError> {
+        let artifacts = Artifacts::find()?;
+        let network = join(place.netns, size.vcpus).await?;
+        let address = network.first_address().map(str::to_owned);
         let sandbox = Sandbox::boot(BootRequest {
             name: name.to_owned(),
             size,
-            network: Network::default(),
+            network,
             shares,
             console: None,
-            artifacts: Artifacts::find()?,
+            artifacts,
             deadline: config.vm.boot_deadline(),
         })
         .await?;
@@ -88,11 +96,12 @@ impl Vm {
             pid,
             vcpus = size.vcpus,
             memory_mib = size.memory_mib,
+            address,
             ready_ms = u64::try_from(times.configured.as_millis()).unwrap_or(u64::MAX),
             "VM booted"
         );
         let (started_at, end_asked) = (SystemTime::now(), AtomicBool::new(false));
-        Ok(Self { sandbox, size, started_at, pidfd, cgroup, end_asked })
+        Ok(Self { sandbox, size, started_at, address, pidfd, cgroup, end_asked })
     }
 
     /// Process id of the VMM, which stands for the guest's processes on the host.
@@ -117,6 +126,7 @@ impl Vm {
 
     /// Lets go of the host, after its end.
     pub(crate) fn clean_up(&self) {
+        self.sandbox.leave_network();
         if let Some(cgroup) = &self.cgroup {
             cgroup.remove();
         }
@@ -126,4 +136,13 @@ impl Vm {
     pub(crate) fn end_asked(&self) -> bool {
         self.end_asked.load(Ordering::Relaxed)
     }
+}
+
+/// Joins the interfaces of a network namespace to a VM that is yet to be booted, off the threads that answer requests.
+async fn join(netns: Option<&Path>, vcpus: u8) -> Result<Network, TaskError> {
+    let Some(path) = netns.map(PathBuf::from) else { return Ok(Network::default()) };
+    // containerd gives each container its resolv.conf.
+    let options = PodOptions { queue_pairs: vcpus, resolv_conf: String::new(), policy: Policy::default() };
+    let joined = tokio::task::spawn_blocking(move || attach(&path, &options)).await;
+    Ok(joined.map_err(|error| TaskError::Invalid(error.to_string()))??)
 }

@@ -1,6 +1,5 @@
 //! A Python in a container that answers one line at a time, so that a story can look at the guest and at the host in turn.
 
-use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
@@ -95,7 +94,7 @@ impl Drop for Python {
     }
 }
 
-/// The Debian image with Python, unpacked into the cache once.
+/// The unpacked Debian image with Python.
 ///
 /// # Panics
 /// When it cannot be made.
@@ -103,23 +102,7 @@ impl Drop for Python {
 pub fn debian_image() -> String {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("debian-image");
     let made = Command::new(script).stderr(Stdio::inherit()).output().expect("tests/debian-image starts");
-    let layout = PathBuf::from(String::from_utf8_lossy(&made.stdout).trim());
-    let tree = layout.with_extension("rootfs");
-    if !tree.exists() {
-        let parent = layout.parent().expect("a folder of the cache");
-        let unpacked = tempfile::tempdir_in(parent).expect("a folder in the cache");
-        let tar = Command::new("tar").arg("-xpzf").arg(layer(&layout)).arg("-C").arg(unpacked.path()).status();
-        assert!(tar.expect("tar starts").success());
-        // Another story may have been faster; its tree is as good.
-        let _ = fs::rename(unpacked.path(), &tree);
-        assert!(tree.join("usr/bin/python3").exists(), "{} is not complete", tree.display());
-    }
+    let tree = PathBuf::from(String::from_utf8_lossy(&made.stdout).trim()).with_extension("rootfs");
+    assert!(tree.join("usr/bin/python3").exists(), "{} is not complete", tree.display());
     format!("rootfs:{}", tree.display())
-}
-
-/// The image's only layer: its largest blob.
-fn layer(layout: &Path) -> PathBuf {
-    let blobs = fs::read_dir(layout.join("blobs/sha256")).expect("blobs").flatten();
-    let largest = blobs.max_by_key(|blob| blob.metadata().map_or(0, |metadata| metadata.len()));
-    largest.expect("a layer").path()
 }

@@ -2,10 +2,10 @@
 
 use std::fs;
 
-use k8s_cri::v1::{LinuxContainerResources, NamespaceMode};
-use tests::checks;
+use k8s_cri::v1::{LinuxContainerResources, NamespaceMode, PortMapping, Protocol};
 use tests::containerd::{Check, Containerd, Release, tell};
 use tests::cri::{CONTAINER_RUNNING, ConfigVolume, Cri, Pod, SANDBOX_NOTREADY, SANDBOX_READY, container, mount};
+use tests::{checks, outcome};
 
 const CHECKS: &[Check] = checks![
     a_pod_has_its_name_its_resolver_and_its_sysctls,
@@ -13,11 +13,14 @@ const CHECKS: &[Check] = checks![
     volumes_are_those_of_kubernetes,
     out_of_memory_is_the_reason_that_the_status_gives,
     ten_containers_of_a_pod_are_one_vm,
+    pods_have_the_network_of_cni,
+    a_pod_in_the_network_of_the_host_is_refused_by_name,
 ];
 
 /// The checks of a pod in sandbox mode, which containerd 1.6 does not have.
 const SANDBOX_CHECKS: &[Check] = checks![a_pod_of_the_sandbox_service_runs_containers];
 
+const CURL: &str = "curl --silent --show-error --globoff --max-time 60";
 const WAIT: &str = "echo up; trap 'exit 0' TERM; while true; do sleep 0.2; done";
 
 /// One release: two at a time, with ten guests each, were more than the emulated host survived. What was not seen to pass there runs only
@@ -179,6 +182,50 @@ fn ten_containers_of_a_pod_are_one_vm(containerd: &mut Containerd) {
         }
         assert_eq!(containerd.processes("vmm").len(), 1);
         cri.remove_pod(&pod).await.expect("removed");
+    });
+}
+
+fn pods_have_the_network_of_cni(containerd: &mut Containerd) {
+    let in_room = |script: &str| outcome(containerd.command("sh", &["-c", script]));
+    containerd.block_on(async {
+        let mut cri = Cri::connect(containerd).await;
+        let mut config = cri.pod_config("server");
+        let protocol = Protocol::Tcp.into();
+        config.port_mappings =
+            vec![PortMapping { protocol, container_port: 80, host_port: 8080, ..Default::default() }];
+        let server = cri.run_pod(config, handler()).await.expect("a pod");
+        let network = cri.pod_status(&server).await.network.expect("a network");
+        let (v4, v6) = (network.ip, network.additional_ips[0].ip.clone());
+        let page = "mkdir /www; echo page of the pod >/www/index.html; echo up; exec httpd -f -p 80 -h /www";
+        let web = cri.start(&server, container("web", page)).await.expect("started");
+        server.log_shows("web", "up");
+        let own = cri.shell(&web, "ip addr show eth0; ip route").await;
+        assert!(own.contains(&format!("inet {v4}/16")) && own.contains(&format!("inet6 {v6}/64")), "{own}");
+        assert!(own.contains("default via 10.88.0.1 dev eth0"), "{own}");
+        let client = cri.run_pod(cri.pod_config("client"), handler()).await.expect("a pod");
+        let looker = cri.start(&client, container("looker", WAIT)).await.expect("started");
+        for address in [v4.clone(), format!("[{v6}]")] {
+            assert_eq!(in_room(&format!("{CURL} http://{address}/")).success(), "page of the pod\n");
+            let fetched = cri.shell(&looker, &format!("wget -q -O - http://{address}/")).await;
+            assert_eq!(fetched, "page of the pod\n");
+        }
+        // The port of the room, by the plugin `portmap`.
+        assert_eq!(in_room(&format!("{CURL} http://10.88.0.1:8080/")).success(), "page of the pod\n");
+        cri.remove_pod(&client).await.expect("removed");
+        cri.remove_pod(&server).await.expect("removed");
+    });
+    assert_eq!(in_room("ip netns list; iptables-save | grep 8080; true").success(), "");
+}
+
+fn a_pod_in_the_network_of_the_host_is_refused_by_name(containerd: &mut Containerd) {
+    containerd.block_on(async {
+        let mut cri = Cri::connect(containerd).await;
+        let mut config = cri.pod_config("story-pod");
+        let security = config.linux.as_mut().expect("linux").security_context.as_mut().expect("security context");
+        security.namespace_options.as_mut().expect("namespaces").network = NamespaceMode::Node.into();
+        let refused = cri.run_pod(config, handler()).await.map(drop).expect_err("refused");
+        assert!(refused.message().contains("hostNetwork"), "{refused}");
+        assert_eq!(cri.pod_count().await.expect("listed"), 0);
     });
 }
 

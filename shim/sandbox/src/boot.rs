@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::{Duration, Instant, SystemTime};
 
 use vmm_api::CachePolicy;
@@ -82,7 +83,7 @@ impl Sandbox {
             agent.set_network(&request.network.guest).await.map_err(BootError::Configure)?;
         }
         let times = BootTimes { spawn, agent_ready, configured: start.elapsed() };
-        Ok(Self { agent, streams, vmm, times, _network: request.network.held })
+        Ok(Self { agent, streams, vmm, times, network: Mutex::new(request.network.held) })
     }
 }
 

@@ -7,6 +7,8 @@
 //!   artifacts ─► plan (pure) ─► share (detached mounts) ─► VmmProcess::spawn ─► agent dials in ─► Sandbox
 //! ```
 
+use std::sync::Mutex;
+
 mod agent_client;
 pub mod artifacts;
 mod boot;
@@ -43,7 +45,7 @@ pub struct Sandbox {
     vmm: VmmProcess,
     times: BootTimes,
     // Let go after the VMM, which is dropped before it.
-    _network: network::Held,
+    network: Mutex<network::Held>,
 }
 
 /// Which streams of a new process the caller wants; the others are `/dev/null`.

@@ -1,6 +1,7 @@
 //! What a caller can ask of the VM itself, beside its containers: state, pause, counters, shares that come and go.
 
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::PoisonError;
 use std::time::SystemTime;
 
 use vmm_api::CachePolicy;
@@ -53,6 +54,12 @@ impl Sandbox {
     /// What the agent says, or that it no longer answers.
     pub async fn set_network(&self, request: &message::SetNetworkRequest) -> Result<(), CallError> {
         self.agent.set_network(request).await
+    }
+
+    /// Lets go of what the network has on the host, after the end of the VM; dropping the sandbox does the same.
+    pub fn leave_network(&self) {
+        let held = std::mem::take(&mut *self.network.lock().unwrap_or_else(PoisonError::into_inner));
+        drop(held);
     }
 
     /// Sets the guest's clock to ours, after the VM was stopped for a while.

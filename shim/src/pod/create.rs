@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -113,11 +113,12 @@ impl Pod {
         self.settings().sysctls = linux.sysctl().clone().unwrap_or_default();
         let hostname = request.spec.hostname().clone().unwrap_or_else(|| request.id.clone());
         let size = cri::size(&self.config, Limits::of_pod(&annotations), &annotations)?;
-        if request.has_netns {
-            tracing::warn!(pod = request.id, "the pod's network is loopback only: CNI's interface is not in its VM");
-        }
-        let cgroups_path = linux.cgroups_path().clone();
-        Ok(self.boot(&hostname, size, Vec::new(), cgroups_path).await?.pid())
+        let place = self.place(linux.cgroups_path().as_deref(), request.netns.as_deref());
+        Ok(self.boot(&hostname, size, Vec::new(), place).await?.pid())
+    }
+
+    pub(super) fn place<'a>(&'a self, cgroups_path: Option<&'a Path>, netns: Option<&'a Path>) -> Place<'a> {
+        Place { bundle: &self.bundle, cgroups_path, netns }
     }
 
     /// Boots the pod's VM and listens to it.
@@ -126,9 +127,8 @@ impl Pod {
         hostname: &str,
         size: plan::VmSize,
         shares: Vec<Share>,
-        cgroups_path: Option<PathBuf>,
+        place: Place<'_>,
     ) -> Result<Arc<Vm>, TaskError> {
-        let place = Place { bundle: &self.bundle, cgroups_path: cgroups_path.as_deref() };
         let vm = Arc::new(Vm::boot(&self.config, hostname, size, shares, place).await?);
         if self.vm.set(vm.clone()).is_err() {
             vm.stop().await;
@@ -154,7 +154,8 @@ impl Pod {
                 let annotations = request.annotations();
                 let size = cri::size(&self.config, Limits::of_container(&spec), &annotations)?;
                 let cgroups_path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone());
-                self.boot(&request.id, size, shares, cgroups_path).await?
+                let place = self.place(cgroups_path.as_deref(), request.netns.as_deref());
+                self.boot(&request.id, size, shares, place).await?
             }
         };
         let wanted = request.stdio.wanted(container.init.size());

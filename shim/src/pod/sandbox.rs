@@ -21,7 +21,7 @@ pub(crate) struct SandboxConfig {
     pub(crate) annotations: HashMap<String, String>,
     pub(crate) limits: Limits,
     /// The network namespace that CNI has set up.
-    pub(crate) netns_path: String,
+    pub(crate) netns: Option<PathBuf>,
     /// Its cgroup, as specs name it.
     pub(crate) cgroups_path: Option<PathBuf>,
 }
@@ -57,7 +57,8 @@ impl Pod {
         }
         let size = cri::size(&self.config, config.limits, &config.annotations)?;
         let hostname = if config.hostname.is_empty() { &self.id } else { &config.hostname };
-        self.boot(hostname, size, Vec::new(), config.cgroups_path.clone()).await
+        let place = self.place(config.cgroups_path.as_deref(), config.netns.as_deref());
+        self.boot(hostname, size, Vec::new(), place).await
     }
 
     /// Ends everything in it.

@@ -23,7 +23,7 @@ fn member() -> CreateContainer {
         stdio: Stdio::default(),
         rootfs: Vec::new(),
         spec: oci_spec::runtime::Spec::default(),
-        has_netns: false,
+        netns: None,
     }
 }
 

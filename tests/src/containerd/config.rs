@@ -5,10 +5,13 @@ use std::path::Path;
 use super::packages::cni_plugins;
 use super::{PAUSE, Release};
 
-/// The network of pods: a bridge in the room, and addresses that nothing else there has.
+/// The network of pods: a bridge in the room, at 10.88.0.1 and fd88::1, addresses that nothing else there has, and ports of the room.
 pub(super) const NETWORK: &str = r#"{"cniVersion": "0.4.0", "name": "story", "plugins": [{
-    "type": "bridge", "bridge": "cni0", "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.88.0.0/16"}]]}
-}]}"#;
+    "type": "bridge", "bridge": "cni0", "isGateway": true, "hairpinMode": true, "ipam": {
+        "type": "host-local", "ranges": [[{"subnet": "10.88.0.0/16"}], [{"subnet": "fd88::/64"}]],
+        "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]
+    }
+}, {"type": "portmap", "capabilities": {"portMappings": true}}]}"#;
 
 /// The text of `config.toml`. The handlers of the CRI plugin are `vm`, and `vm-sandbox` with the sandbox service of the shim.
 pub(super) fn containerd(release: Release, dir: &Path) -> String {

@@ -51,13 +51,13 @@ fn describe(pid: u32) -> String {
     format!("{pid} {command}")
 }
 
-/// Mounts on the state of containerd, on network namespaces and on snapshots.
+/// Mounts on the state of containerd, on network namespaces of its pods and on snapshots.
 fn mounts(room: &Room) -> Vec<String> {
     let dir = room.dir().display().to_string();
     let is_container = |mount: &String| {
         let target = mount.split(' ').nth(1).unwrap_or_default();
         target.starts_with("/run/containerd/")
-            || target.starts_with("/run/netns/")
+            || target.starts_with("/run/netns/cni-")
             || target.starts_with(&format!("{dir}/run/"))
             || target.starts_with(&format!("{dir}/root/"))
     };

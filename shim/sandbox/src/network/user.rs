@@ -153,8 +153,9 @@ fn arguments(options: &UserOptions, address: Ipv4Addr) -> Vec<String> {
             add(flag, port_spec(port));
         }
     }
-    // The guest is told its address by its agent. The host's loopback is for the host.
-    words.extend(["--no-dhcp", "--no-dhcpv6", "--no-map-gw"].map(str::to_owned));
+    // The guest is told its address by its agent, and that is one of IPv4. The host's loopback is for the host: the gateway is
+    // no name of it, and frames for it end in the VMM.
+    words.extend(["--ipv4-only", "--no-dhcp", "--no-map-gw"].map(str::to_owned));
     words
 }
 

@@ -1,7 +1,11 @@
 //! Frames over a stream socket, each behind its length as 4 bytes, big-endian: what QEMU's stream network back end and
 //! `passt` speak. Whoever is at the other end sees no header, so nothing is offloaded.
+//!
+//! What is at the other end may be a process with sockets of the host, so frames for the host's loopback end here: passt of
+//! 2023 (Debian 12) connects to 127.0.0.1 for a guest that sends such frames, a kernel behind a TAP interface drops them.
 
 use std::io::{self, Read as _, Write as _};
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
@@ -9,6 +13,7 @@ use vm_memory::Bytes as _;
 
 use super::backend::{Backend, Frame, MAX_FRAME_LEN};
 use super::header::HEADER_LEN;
+use super::spoof::{ETHERNET_HEADER_LEN, ETHERTYPE_IPV4, ETHERTYPE_IPV6};
 
 const LENGTH_LEN: usize = 4;
 /// Bytes read at once.
@@ -90,6 +95,9 @@ impl Backend for Stream {
     }
 
     fn send(&mut self, frame: &Frame<'_>) -> io::Result<()> {
+        if is_for_loopback(&frame.head[HEADER_LEN..]) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
         self.flush()?;
         let len = u32::try_from(frame.len() - HEADER_LEN).map_err(|_| io::ErrorKind::InvalidInput)?;
         self.unsent.extend(len.to_be_bytes());
@@ -127,8 +135,25 @@ impl Backend for Stream {
     }
 }
 
+/// Whether a frame, of which `frame` is the beginning, is for the host that receives it whatever the host's addresses are:
+/// loopback, and the unspecified address, to which a socket connects as to loopback (RFC 1122, 3.2.1.3; RFC 4291, 2.5).
+fn is_for_loopback(frame: &[u8]) -> bool {
+    let Some((ethernet, packet)) = frame.split_at_checked(ETHERNET_HEADER_LEN) else { return false };
+    let is_local_v4 = |address: Ipv4Addr| address.is_loopback() || address.octets()[0] == 0;
+    let v4 = || packet.get(16..20).and_then(|bytes| <[u8; 4]>::try_from(bytes).ok()).map(Ipv4Addr::from);
+    let v6 = || packet.get(24..40).and_then(|bytes| <[u8; 16]>::try_from(bytes).ok()).map(Ipv6Addr::from);
+    match u16::from_be_bytes([ethernet[12], ethernet[13]]) {
+        ETHERTYPE_IPV4 => v4().is_some_and(is_local_v4),
+        // The compatible and the mapped form of an IPv4 address are the same to a socket.
+        ETHERTYPE_IPV6 => v6().is_some_and(|address| address.to_ipv4().is_some_and(is_local_v4)),
+        _ => false,
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
     use vm_memory::GuestAddress;
 
     use super::*;
@@ -160,6 +185,33 @@ mod tests {
         passt.write_all(&[0, 1, 0, 200]).expect("written");
         let error = stream.receive(&mut vec![0; MAX_FRAME_LEN]).expect_err("too long");
         assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    }
+
+    fn frame_to(destination: IpAddr) -> Vec<u8> {
+        let (ethertype, packet) = match destination {
+            IpAddr::V4(address) => (ETHERTYPE_IPV4, [&[0x45; 16][..], &address.octets()].concat()),
+            IpAddr::V6(address) => (ETHERTYPE_IPV6, [&[0x60; 24][..], &address.octets()].concat()),
+        };
+        [&[2; 12][..], &ethertype.to_be_bytes(), &packet].concat()
+    }
+
+    #[test]
+    fn frames_for_the_host_s_loopback_are_not_sent() {
+        let (mut stream, mut passt) = pair();
+        let memory = crate::memory::create(64).expect("memory");
+        let mut send = |destination: &str| {
+            let head = [vec![0; HEADER_LEN], frame_to(destination.parse().expect("an address"))].concat();
+            stream.send(&Frame { head: &head, rest: &[], memory: &memory }).map_err(|error| error.kind())
+        };
+        for local in ["127.0.0.1", "127.255.0.9", "0.0.0.0", "::1", "::", "::ffff:127.0.0.1"] {
+            assert_eq!(send(local), Err(io::ErrorKind::InvalidInput), "{local}");
+        }
+        for other in ["10.0.0.1", "128.0.0.1", "255.255.255.255", "fd00::1", "::ffff:10.0.0.1"] {
+            assert_eq!(send(other), Ok(()), "{other}");
+        }
+        let mut first = [0; LENGTH_LEN + 34];
+        passt.read_exact(&mut first).expect("a frame");
+        assert_eq!(first[LENGTH_LEN..], frame_to("10.0.0.1".parse().expect("v4")));
     }
 
     #[test]

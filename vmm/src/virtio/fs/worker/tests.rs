@@ -25,6 +25,7 @@ const FUSE_UNLINK: u32 = 10;
 const FUSE_RENAME: u32 = 12;
 const FUSE_LINK: u32 = 13;
 const FUSE_INIT: u32 = 26;
+const FUSE_SUBMOUNTS: u32 = 1 << 27;
 const FUSE_CREATE: u32 = 35;
 
 /// A directory `dir/share` behind a worker; `dir` is what a guest must not reach.
@@ -51,7 +52,8 @@ impl Share {
         let stopping = Arc::new(AtomicBool::new(false));
         let serving = Serving { queue: driver.activate(), memory: memory.clone(), server, stopping };
         let mut share = Self { dir, memory, driver, serving };
-        let init = [&7_u32.to_le_bytes()[..], &38_u32.to_le_bytes(), &[0; 56]].concat();
+        let words = [7, 38, 0, FUSE_SUBMOUNTS].map(u32::to_le_bytes);
+        let init = [words.as_flattened(), &[0; 48]].concat();
         assert_eq!(share.ask(FUSE_INIT, &init).expect("an answer").0, 0);
         share
     }
