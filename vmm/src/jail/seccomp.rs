@@ -94,6 +94,8 @@ const COMMON: &[Allowed] = &[
     without(libc::SYS_mprotect, 2, EXECUTABLE),
     always(libc::SYS_mremap),
     always(libc::SYS_munmap),
+    // A wait with a deadline goes on by it after the process was stopped.
+    always(libc::SYS_restart_syscall),
     always(libc::SYS_write),
 ];
 
@@ -197,11 +199,13 @@ const NET: &[Allowed] = &[
     always(libc::SYS_epoll_ctl),
     one_of(libc::SYS_ioctl, 1, &[KVM_SIGNAL_MSI, TUNSETQUEUE]),
     always(libc::SYS_readv),
+    always(libc::SYS_recvfrom),
+    always(libc::SYS_sendto),
     always(libc::SYS_writev),
 ];
 
 const VSOCK_FINISH: &[Allowed] =
-    &[one_of(libc::SYS_ioctl, 1, &[FIONBIO]), one_of(libc::SYS_fcntl, 1, DESCRIPTOR_FLAGS)];
+    &[one_of(libc::SYS_ioctl, 1, &[FIONBIO]), one_of(libc::SYS_fcntl, 1, DESCRIPTOR_FLAGS), always(libc::SYS_sendto)];
 
 /// Beside all that its children may do, whose filters only add to this one.
 const DEVICES: &[Allowed] = &[
