@@ -42,7 +42,8 @@ impl NameLock {
             Err(error) if error.kind() == io::ErrorKind::NotFound => false,
             there => there?.ino() == file.metadata()?.ino(),
         };
-        Ok(is_current.then_some(Self { path, _file: file }))
+        // Not `then_some`: what it makes and drops would remove the file of the third.
+        Ok(is_current.then(|| Self { path, _file: file }))
     }
 }
 
@@ -51,5 +52,32 @@ impl Drop for NameLock {
         if let Err(error) = fs::remove_file(&self.path) {
             tracing::warn!(path = %self.path.display(), %error, "cannot remove a lock");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::thread;
+
+    use super::NameLock;
+
+    #[test]
+    fn a_lock_has_one_holder_and_is_removed_by_it() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let holders = AtomicU32::new(0);
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..200 {
+                        let lock = NameLock::wait(dir.path(), "name").expect("locked");
+                        assert_eq!(holders.fetch_add(1, Ordering::SeqCst), 0);
+                        assert!(lock.path.exists());
+                        holders.fetch_sub(1, Ordering::SeqCst);
+                    }
+                });
+            }
+        });
+        assert_eq!(dir.path().read_dir().expect("the folder").count(), 0);
     }
 }
