@@ -1,11 +1,13 @@
 //! Hand-made guests: a few bytes of 32-bit code in an ELF file with a PVH note, run by the VMM in this process.
 
 use std::fs::File;
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufRead as _, BufReader, Seek as _, Write as _};
 use std::os::fd::{IntoRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::process::Command;
 use std::thread::{self, JoinHandle};
 
+use command_fds::{CommandFdExt as _, FdMapping};
 use vmm::control::report_exit;
 use vmm::inherited::InheritedFds;
 use vmm::jail::Jail;
@@ -15,6 +17,9 @@ use vmm_api::{Fd, VmConfig};
 
 /// Where the code is loaded and entered, in 32-bit protected mode with flat segments and without paging.
 const LOAD_ADDRESS: u32 = 0x10_0000;
+
+/// `out 0x80, al`, then `jmp` back to it: a guest that does nothing for ever, with an exit each time.
+pub const BUSY: [u8; 4] = [0xe6, 0x80, 0xeb, 0xfc];
 
 /// A VM that runs; its owner is this value.
 pub struct Vm {
@@ -99,6 +104,23 @@ pub fn config(kernel: Fd) -> VmConfig {
         shares: Vec::new(),
         networks: Vec::new(),
     }
+}
+
+/// The VMM as a program: its descriptors from 3 on are `passed`, in their order, and its configuration comes behind them.
+///
+/// # Panics
+/// When `VMRUN_VMM` does not name it.
+#[must_use]
+pub fn vmm(config: &VmConfig, mut passed: Vec<OwnedFd>) -> Command {
+    let mut file = tempfile::tempfile().expect("a temporary file");
+    serde_json::to_writer(&file, config).expect("written");
+    file.rewind().expect("rewound");
+    passed.push(file.into());
+    let config_fd = passed.len() + 2;
+    let mappings = (3..).zip(passed).map(|(child_fd, parent_fd)| FdMapping { parent_fd, child_fd }).collect();
+    let mut command = Command::new(std::env::var_os("VMRUN_VMM").expect("VMRUN_VMM names the VMM: use `make test`"));
+    command.args(["--config-fd", &config_fd.to_string()]).fd_mappings(mappings).expect("distinct numbers");
+    command
 }
 
 /// A file that the VMM boots as a kernel and that runs `code`.

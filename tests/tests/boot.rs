@@ -7,14 +7,11 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Command;
 
-use command_fds::{CommandFdExt as _, FdMapping};
 use tests::Story;
-use tests::guest::{Vm, config, kernel};
+use tests::guest::{self, BUSY, Vm, config, kernel};
 use vmm_api::Fd;
 use vmm_api::control::{Exit, ExitReason, Message, Reply, Request, State};
 
-/// `out 0x80, al`, then `jmp` back to it: a guest that does nothing for ever, with an exit each time.
-const BUSY: [u8; 4] = [0xe6, 0x80, 0xeb, 0xfc];
 /// `mov al, 0xfe; out 0x64, al; hlt`: the reset line of the keyboard controller.
 const RESET: [u8; 5] = [0xb0, 0xfe, 0xe6, 0x64, 0xf4];
 
@@ -150,14 +147,7 @@ fn a_signal_ends_the_vm_and_is_named() {
     let (mut control, theirs) = UnixStream::pair().expect("a socket pair");
     let mut config = config(Fd(4));
     config.control = Fd(3);
-    let mut file = tempfile::tempfile().expect("a temporary file");
-    serde_json::to_writer(&file, &config).expect("written");
-    std::io::Seek::rewind(&mut file).expect("rewound");
-    let passed = [theirs.into(), kernel(&BUSY), OwnedFd::from(file)];
-    let mappings = (3..).zip(passed).map(|(child_fd, parent_fd)| FdMapping { parent_fd, child_fd }).collect();
-    let mut command = Command::new(beside_vmrun("vmm"));
-    command.args(["--config-fd", "5"]).fd_mappings(mappings).expect("distinct numbers");
-    let mut vmm = command.spawn().expect("the VMM starts");
+    let mut vmm = guest::vmm(&config, vec![theirs.into(), kernel(&BUSY)]).spawn().expect("the VMM starts");
     let mut lines = BufReader::new(control.try_clone().expect("a socket")).lines();
     // Its answer says that it watches for signals.
     writeln!(control, r#"{{"request":"state"}}"#).expect("written");

@@ -6,18 +6,14 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
-use std::process::Command;
 
-use command_fds::{CommandFdExt as _, FdMapping};
 use tests::Story;
-use tests::guest::{config, kernel};
+use tests::guest::{self, BUSY, config, kernel};
 use tests::pod::Pod;
 use vmm_api::Fd;
 
 /// `CAP_CHOWN`, `CAP_DAC_OVERRIDE`, `CAP_FOWNER`, `CAP_FSETID`, `CAP_SETGID`, `CAP_SETUID`, `CAP_SETFCAP`.
 const KEPT_CAPABILITIES: &str = "00000000800000db";
-/// `out 0x80, al`, then `jmp` back to it.
-const BUSY: [u8; 4] = [0xe6, 0x80, 0xeb, 0xfc];
 
 /// A process, seen from outside.
 struct Seen(PathBuf);
@@ -121,13 +117,7 @@ fn without_root_the_vmm_is_confined_all_the_same() {
     let (mut control, theirs) = UnixStream::pair().expect("a socket pair");
     let mut config = config(Fd(4));
     config.control = Fd(3);
-    let mut file = tempfile::tempfile().expect("a temporary file");
-    serde_json::to_writer(&file, &config).expect("written");
-    std::io::Seek::rewind(&mut file).expect("rewound");
-    let passed = [theirs.into(), kernel(&BUSY), file.into()];
-    let mappings = (3..).zip(passed).map(|(child_fd, parent_fd)| FdMapping { parent_fd, child_fd }).collect();
-    let mut command = Command::new(sandbox::artifacts::Artifacts::find().expect("VMRUN_VMM names the VMM").vmm);
-    command.args(["--config-fd", "5"]).fd_mappings(mappings).expect("distinct numbers");
+    let mut command = guest::vmm(&config, vec![theirs.into(), kernel(&BUSY)]);
     let mut vmm = command.uid(1000).gid(1000).spawn().expect("the VMM starts");
     writeln!(control, r#"{{"request":"state"}}"#).expect("written");
     let mut lines = BufReader::new(control.try_clone().expect("a socket")).lines();

@@ -2,19 +2,18 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::{BufRead as _, BufReader, Read as _, Seek as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::process::{Child, Command};
+use std::process::Child;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
-use command_fds::{CommandFdExt as _, FdMapping};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use sandbox::share::{Rootfs, rootfs_tree};
 use tests::Story;
-use tests::guest::config;
+use tests::guest::{self, config};
 use vmm_api::control::{Message, Reply, Request, State};
 use vmm_api::net::{Backend, MacAddress, NetConfig, NetDevice, RateLimit};
 use vmm_api::{CachePolicy, Fd, HostPort, ShareConfig, VmConfig, VsockConfig};
@@ -47,10 +46,10 @@ fn describe() -> VmConfig {
     VmConfig {
         memory_mib: RAM_MIB,
         control: Fd(3),
-        console: Some(Fd(6)),
-        shares: vec![ShareConfig { tag: "share".to_owned(), root: Fd(7), cache: CachePolicy::Never }],
-        vsock: Some(VsockConfig { guest_cid: 3, host_ports: vec![HostPort { port: 1024, socket: Fd(8) }] }),
-        networks: vec![NetConfig { device, fds: vec![Fd(9)] }],
+        console: Some(Fd(5)),
+        shares: vec![ShareConfig { tag: "share".to_owned(), root: Fd(6), cache: CachePolicy::Never }],
+        vsock: Some(VsockConfig { guest_cid: 3, host_ports: vec![HostPort { port: 1024, socket: Fd(7) }] }),
+        networks: vec![NetConfig { device, fds: vec![Fd(8)] }],
         ..config(Fd(4))
     }
 }
@@ -59,28 +58,14 @@ impl Hostile {
     fn start(share: OwnedFd) -> Self {
         let guest = std::env::var_os("HOSTILE_GUEST").expect("HOSTILE_GUEST names the guest: use `make test`");
         let (control, theirs) = UnixStream::pair().expect("a socket pair");
-        let mut written = tempfile::tempfile().expect("a temporary file");
-        serde_json::to_writer(&written, &describe()).expect("written");
-        written.rewind().expect("rewound");
         let (console, console_end) = std::io::pipe().expect("a pipe");
         let (port, port_end) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).expect("a socket pair");
         let (net, net_end) = UnixStream::pair().expect("a socket pair");
         // In the order of the numbers in the configuration, 3 and up.
-        let passed: [OwnedFd; 7] = [
-            theirs.into(),
-            File::open(guest).expect("the guest is built").into(),
-            written.into(),
-            console_end.into(),
-            share,
-            port_end,
-            net_end.into(),
-        ];
-        let mappings = (3..).zip(passed).map(|(child_fd, parent_fd)| FdMapping { parent_fd, child_fd }).collect();
-        let mut command = Command::new(std::env::var_os("VMRUN_VMM").expect("VMRUN_VMM names the VMM"));
-        command.args(["--config-fd", "5"]).fd_mappings(mappings).expect("distinct numbers");
-        let vmm = command.spawn().expect("the VMM starts");
-        drop(command);
+        let guest = File::open(guest).expect("the guest is built");
+        let passed = vec![theirs.into(), guest.into(), console_end.into(), share, port_end, net_end.into()];
+        let vmm = guest::vmm(&describe(), passed).spawn().expect("the VMM starts");
         thread::spawn(move || accept(&port));
         thread::spawn(move || std::io::copy(&mut &net, &mut std::io::sink()));
         Self { vmm, control: BufReader::new(control), console: lines(console) }

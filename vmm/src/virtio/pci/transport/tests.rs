@@ -133,26 +133,21 @@ fn a_queue_size_is_a_power_of_two_and_not_above_the_largest() {
     assert_eq!(read(&mut transport, 0x18, 2), 0, "a queue that does not exist has no size");
 }
 
-#[test]
-fn rings_outside_guest_ram_need_a_reset() {
+/// Whether a device whose rings begin at `base` asks for a reset and is not started.
+fn needs_reset(base: u32) -> bool {
     let (mut transport, heard) = transport();
     set_features(&mut transport, VIRTIO_F_VERSION_1);
     transport.write(0x14, &[0x0b]);
-    enable(&mut transport, 0, 0xd000_0000);
+    enable(&mut transport, 0, base);
     transport.write(0x14, &[0x0f]);
-    assert_eq!(read(&mut transport, 0x14, 1) & 0x40, 0x40);
-    assert!(heard.try_recv().is_err());
+    read(&mut transport, 0x14, 1) & 0x40 == 0x40 && heard.try_recv().is_err()
 }
 
 #[test]
-fn rings_that_are_not_aligned_need_a_reset() {
-    let (mut transport, heard) = transport();
-    set_features(&mut transport, VIRTIO_F_VERSION_1);
-    transport.write(0x14, &[0x0b]);
-    enable(&mut transport, 0, 0x1_0001);
-    transport.write(0x14, &[0x0f]);
-    assert_eq!(read(&mut transport, 0x14, 1) & 0x40, 0x40);
-    assert!(heard.try_recv().is_err());
+fn rings_outside_guest_ram_or_not_aligned_need_a_reset() {
+    assert!(needs_reset(0xd000_0000));
+    assert!(needs_reset(0x1_0001));
+    assert!(!needs_reset(0x1_0000));
 }
 
 #[test]
