@@ -7,7 +7,7 @@ static_env := RUSTFLAGS="-C target-feature=+crt-static" LIBSECCOMP_LINK_TYPE=sta
 # A guest without an operating system, so not of the workspace.
 hostile = cd tests/hostile && CARGO_TARGET_DIR=$(target)/hostile cargo
 
-.PHONY: build run test bench lint clean
+.PHONY: build run test bench fuzz lint clean
 
 # vmrun and the shim, with the three files that they look for beside themselves.
 build: packages
@@ -28,14 +28,21 @@ test: build lint
 	@tests/install-packages docker-registry skopeo containernetworking-plugins iproute2 iptables passt curl
 	tests/debian-image >/dev/null
 	tests/containerd-packages >/dev/null
+	tests/fuzz/run 2
 	tests/run
 
 # Counts and ratios, explained in tests/bench/README.md.
 bench:
 	tests/bench/kernel-boot
 
+# Each target for so many seconds of one processor, see tests/fuzz/README.md.
+fuzz: SECONDS ?= 60
+fuzz:
+	tests/fuzz/run $(SECONDS)
+
 lint:
 	cargo fmt --check
+	cd tests/fuzz && cargo fmt --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	cd tests/hostile && cargo fmt --check
 	$(hostile) clippy --release -- -D warnings

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{BufRead as _, BufReader, Seek as _, Write as _};
 use std::os::fd::{IntoRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::Command;
 use std::thread::{self, JoinHandle};
 
@@ -111,14 +112,24 @@ pub fn config(kernel: Fd) -> VmConfig {
 /// # Panics
 /// When `VMRUN_VMM` does not name it.
 #[must_use]
-pub fn vmm(config: &VmConfig, mut passed: Vec<OwnedFd>) -> Command {
+pub fn vmm(config: &VmConfig, passed: Vec<OwnedFd>) -> Command {
+    let path = std::env::var_os("VMRUN_VMM").expect("VMRUN_VMM names the VMM: use `make test`");
+    program(Path::new(&path), config, passed)
+}
+
+/// A program that is called as the VMM is.
+///
+/// # Panics
+/// When there is no temporary file to be had.
+#[must_use]
+pub fn program(path: &Path, config: &VmConfig, mut passed: Vec<OwnedFd>) -> Command {
     let mut file = tempfile::tempfile().expect("a temporary file");
     serde_json::to_writer(&file, config).expect("written");
     file.rewind().expect("rewound");
     passed.push(file.into());
     let config_fd = passed.len() + 2;
     let mappings = (3..).zip(passed).map(|(child_fd, parent_fd)| FdMapping { parent_fd, child_fd }).collect();
-    let mut command = Command::new(std::env::var_os("VMRUN_VMM").expect("VMRUN_VMM names the VMM: use `make test`"));
+    let mut command = Command::new(path);
     command.args(["--config-fd", &config_fd.to_string()]).fd_mappings(mappings).expect("distinct numbers");
     command
 }

@@ -16,6 +16,7 @@ pub use terminal::Terminal;
 pub mod containerd;
 pub mod cri;
 pub mod dns;
+pub mod escape;
 pub mod guest;
 pub mod image;
 pub mod lan;

@@ -14,6 +14,8 @@ pub mod control;
 pub mod device_thread;
 pub mod event_loop;
 pub mod exit;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod inherited;
 pub mod jail;
 pub mod kernel;

@@ -26,6 +26,8 @@ struct Signals {
 pub fn watch(registry: &Registry, exit: ExitSignal) -> io::Result<()> {
     let signals: SigSet = ENDING.into_iter().collect();
     signals.thread_block()?;
+    // A guest's file that would grow past a limit of ours is an error of its write, not our end.
+    SigSet::from(Signal::SIGXFSZ).thread_block()?;
     let fd = SignalFd::with_flags(&signals, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
     registry.add(fd.as_raw_fd(), EventSet::IN, 0, Arc::new(Mutex::new(Signals { fd, exit })))
 }

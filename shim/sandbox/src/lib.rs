@@ -14,6 +14,8 @@ pub mod artifacts;
 mod boot;
 mod copy;
 pub mod error;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod network;
 mod pid_namespace;
 pub mod plan;

@@ -1,4 +1,5 @@
-//! `vmrun check`: what a host needs, line by line, and what to do about each line that fails.
+//! `vmrun check`: what a host needs, line by line, and what to do about each line that fails. `--security`: what it should have
+//! before it runs hostile guests.
 
 use std::fs::{self, File};
 use std::io;
@@ -11,13 +12,15 @@ use sandbox::artifacts::Artifacts;
 use sandbox::probe::{Probe, probe};
 use serde::Serialize;
 
+mod security;
+
 /// One line of the report.
 #[derive(Debug, Serialize)]
 struct Line {
     name: &'static str,
     ok: bool,
     detail: String,
-    /// What to do; nothing for a line that is well.
+    /// What to do; nothing for a line that is well. A line that is only a warning is `ok` and has one.
     #[serde(skip_serializing_if = "Option::is_none")]
     remedy: Option<&'static str>,
 }
@@ -25,6 +28,10 @@ struct Line {
 impl Line {
     fn pass(name: &'static str, detail: impl Into<String>) -> Self {
         Self { name, ok: true, detail: detail.into(), remedy: None }
+    }
+
+    fn warn(name: &'static str, detail: impl Into<String>, remedy: &'static str) -> Self {
+        Self { name, ok: true, detail: detail.into(), remedy: Some(remedy) }
     }
 
     fn fail(name: &'static str, detail: impl Into<String>, remedy: &'static str) -> Self {
@@ -37,7 +44,19 @@ const MIN_AVAILABLE_MIB: u64 = 256;
 /// Controllers that the limits of a sandbox use.
 const CONTROLLERS: [&str; 4] = ["cpu", "io", "memory", "pids"];
 
-pub(crate) fn check(json: bool) -> Result<u8> {
+/// Prints the lines; `run` is the folder of vmrun's state.
+pub(crate) fn check(security: bool, run: &Path, json: bool) -> Result<u8> {
+    let lines = if security { security::lines(Path::new("/"), run) } else { needs() };
+    if json {
+        println!("{}", serde_json::to_string_pretty(&lines)?);
+    } else {
+        lines.iter().for_each(print);
+    }
+    Ok(u8::from(lines.iter().any(|line| !line.ok)))
+}
+
+/// Whether microVMs can run here.
+fn needs() -> Vec<Line> {
     let artifacts = Artifacts::find();
     let mut lines = vec![root(), cpu(&read("/proc/cpuinfo")), kvm_device()];
     match &artifacts {
@@ -59,16 +78,15 @@ pub(crate) fn check(json: bool) -> Result<u8> {
     lines.push(user_namespaces(&read("/proc/sys/user/max_user_namespaces")));
     lines.push(system_calls());
     lines.push(tun());
-    if json {
-        println!("{}", serde_json::to_string_pretty(&lines)?);
-    } else {
-        lines.iter().for_each(print);
-    }
-    Ok(u8::from(lines.iter().any(|line| !line.ok)))
+    lines
 }
 
 fn print(line: &Line) {
-    let verdict = if line.ok { "PASS" } else { "FAIL" };
+    let verdict = match (line.ok, line.remedy) {
+        (true, None) => "PASS",
+        (true, Some(_)) => "WARN",
+        (false, _) => "FAIL",
+    };
     println!("{verdict}  {:<12} {}", line.name, line.detail);
     if let Some(remedy) = line.remedy {
         println!("{:<18} -> {remedy}", "");

@@ -134,6 +134,9 @@ pub(crate) enum Command {
     Gc,
     /// Say whether this host can run microVMs, line by line.
     Check {
+        /// Say instead whether it is fit for hostile guests.
+        #[arg(long)]
+        security: bool,
         /// Print a JSON array.
         #[arg(long)]
         json: bool,

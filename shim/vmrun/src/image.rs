@@ -18,6 +18,8 @@ mod credentials;
 mod digest;
 mod docker_archive;
 mod entries;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod layers;
 mod layout;
 mod lock;

@@ -216,7 +216,8 @@ const DEVICES: &[Allowed] = &[
     always(libc::SYS_eventfd2),
     one_of(libc::SYS_ioctl, 1, &[KVM_IOEVENTFD, TUNGETIFF, TUNSETVNETHDRSZ, TUNSETOFFLOAD, FIONBIO]),
     one_of(libc::SYS_prctl, 0, &[PR_SET_NAME, PR_SET_NO_NEW_PRIVS]),
-    always(libc::SYS_prlimit64),
+    // How large a stack may be; of another process, nothing.
+    one_of(libc::SYS_prlimit64, 0, &[0]),
     always(libc::SYS_rseq),
     always(libc::SYS_sched_getaffinity),
     one_of(libc::SYS_seccomp, 0, &[SECCOMP_SET_MODE_FILTER]),

@@ -9,9 +9,11 @@ use vhost_user_backend::bitmap::BitmapMmapRegion;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub(crate) mod driver;
 pub mod fs;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 pub mod net;
 pub mod pci;
 pub mod rng;

@@ -105,6 +105,19 @@ impl ActiveRng {
     }
 }
 
+#[cfg(any(test, fuzzing))]
+pub(crate) fn fuzz(data: &[u8]) {
+    use super::{driver::DriverQueue, fuzz};
+
+    let memory = fuzz::memory();
+    let mut driver = DriverQueue::fuzzed(&memory, 0);
+    let mut device = ActiveRng { memory: memory.clone(), queue: driver.activate_fuzzed(data.len().is_multiple_of(2)) };
+    for step in fuzz::steps(data) {
+        driver.make(&step, &memory);
+        device.on_event(0, EventSet::IN);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -151,6 +164,31 @@ mod tests {
         driver.offer(2);
         device.on_event(0, EventSet::IN);
         assert_eq!((driver.take_used(), driver.take_used()), (Some((0, 0)), Some((2, 8))));
+    }
+
+    /// Each flag with each successor, in three descriptors of four: every chain that there is.
+    #[test]
+    fn exhaustive_every_chain_of_three_descriptors_is_given_back_once() {
+        let (mut device, mut driver) = device();
+        let shapes: Vec<(u16, u16)> = (0..8).flat_map(|flags| (0..5).map(move |next| (flags, next))).collect();
+        // A length of its own for each, so that what is filled tells which.
+        let describe = |driver: &DriverQueue, index: u16, (flags, next): (u16, u16)| {
+            driver.describe(index, 0x10_0000, 16 << index, flags, next);
+        };
+        for first in &shapes {
+            describe(&driver, 0, *first);
+            for second in &shapes {
+                describe(&driver, 1, *second);
+                for third in &shapes {
+                    describe(&driver, 2, *third);
+                    driver.offer(0);
+                    device.on_event(0, EventSet::IN);
+                    let (head, len) = driver.take_used().expect("given back");
+                    assert!(head == 0 && [0, 16, 32, 64].contains(&len), "{first:?} {second:?} {third:?}: {len}");
+                    assert_eq!(driver.take_used(), None);
+                }
+            }
+        }
     }
 
     proptest! {

@@ -1,9 +1,12 @@
 //! The lists are short, and what is not on them ends the process.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Command, ExitStatus};
 
-use super::{Filters, ThreadKind, rules};
+use syscalls::Sysno;
+
+use super::{Allowed, Filters, ThreadKind, When, rules};
 
 fn count(kind: ThreadKind) -> usize {
     rules(kind).expect("rules").len()
@@ -16,6 +19,48 @@ fn each_kind_of_thread_has_few_calls() {
     assert!(count(ThreadKind::EventLoop) <= 26, "{counts:?}");
     assert!(count(ThreadKind::Net) <= 26, "{counts:?}");
     assert!(count(ThreadKind::Fs) <= 66, "{counts:?}");
+}
+
+/// The lists as text, for `vmm/system-calls.txt`.
+fn printed() -> String {
+    let mut text = "# Which system calls each kind of thread may make; src/jail/seccomp.rs says why. Any other ends the process.\n".to_owned();
+    for kind in ThreadKind::ALL {
+        let mut lines = BTreeMap::<&str, BTreeSet<String>>::new();
+        for Allowed { call, when } in kind.lists().iter().copied().flatten() {
+            let name = Sysno::new(usize::try_from(*call).expect("a number")).expect("a system call").name();
+            lines.entry(name).or_default().insert(condition(*when));
+        }
+        text += &format!("\n{kind:?}: {}\n", lines.len());
+        for (name, conditions) in lines {
+            // Allowed always is allowed always.
+            let conditions = if conditions.contains("") { BTreeSet::new() } else { conditions };
+            text += &format!(
+                "  {}\n",
+                [&[name.to_owned()][..], &conditions.into_iter().collect::<Vec<_>>()].concat().join(" ")
+            );
+        }
+    }
+    text
+}
+
+fn condition(when: When) -> String {
+    let hex = |values: &[u64]| values.iter().map(|value| format!("{value:#x}")).collect::<Vec<_>>().join("|");
+    match when {
+        When::Always => String::new(),
+        When::OneOf(argument, values) => format!("arg{argument}={}", hex(values)),
+        When::Without(argument, bits) => format!("arg{argument}&{bits:#x}=0"),
+        When::OwnProcess(argument) => format!("arg{argument}=own-process"),
+    }
+}
+
+/// To write the file anew: `UPDATE_SNAPSHOT=1 cargo test -p vmm the_lists_are_those_of_the_snapshot`.
+#[test]
+fn the_lists_are_those_of_the_snapshot() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/system-calls.txt");
+    if std::env::var_os("UPDATE_SNAPSHOT").is_some() {
+        std::fs::write(path, printed()).expect("written");
+    }
+    assert_eq!(printed(), std::fs::read_to_string(path).expect("a snapshot"));
 }
 
 /// Names what the process that [`end_of`] starts does.

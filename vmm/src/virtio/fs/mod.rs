@@ -21,6 +21,8 @@ use vmm_api::CachePolicy;
 use super::{ActivateError, Activation, VirtioDevice};
 use checked::CheckedFs;
 use worker::Worker;
+#[cfg(any(test, fuzzing))]
+pub(crate) use worker::fuzz::fuzz;
 
 mod checked;
 mod unchanged;

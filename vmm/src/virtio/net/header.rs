@@ -130,6 +130,29 @@ mod tests {
         assert_eq!(tcp(1, VIRTIO_NET_HDR_GSO_ECN, 1448), Err(Malformed::Segmentation));
     }
 
+    /// Every kind of segmentation and every flag, with each field at each of its edges.
+    #[test]
+    fn exhaustive_what_passes_lies_in_the_frame() {
+        const FRAME_LEN: u16 = 60;
+        let edges =
+            [0, 1, MIN_GSO_SIZE - 1, MIN_GSO_SIZE, FRAME_LEN - 2, FRAME_LEN - 1, FRAME_LEN, FRAME_LEN + 1, u16::MAX];
+        let words: Vec<[u16; 2]> = edges.into_iter().flat_map(|one| edges.map(|other| [one, other])).collect();
+        for (flags, gso_type) in (0..4).flat_map(|flags| (0..=u8::MAX).map(move |gso_type| (flags, gso_type))) {
+            for ([header_len, gso_size], [start, offset]) in
+                words.iter().flat_map(|a| words.iter().map(move |b| (a, b)))
+            {
+                let mut bytes = header(flags, gso_type, [*header_len, *gso_size, *start, *offset]);
+                if let Ok(Segmented(segmented)) = check(&mut bytes, FRAME_LEN.into(), ALL) {
+                    let field = |at: usize| u32::from(u16::from_le_bytes([bytes[at], bytes[at + 1]]));
+                    let checksum_end = field(6) + field(8) + 2;
+                    assert!(bytes[0] == 0 || bytes[0] == 1 && checksum_end <= FRAME_LEN.into(), "{bytes:?}");
+                    assert!(!segmented || bytes[0] == 1 && field(4) >= MIN_GSO_SIZE.into(), "{bytes:?}");
+                    assert!(field(2) <= FRAME_LEN.into(), "{bytes:?}");
+                }
+            }
+        }
+    }
+
     proptest! {
         #[test]
         fn what_passes_lies_in_the_frame(mut bytes: [u8; HEADER_LEN], frame_len in 14_usize..70_000, features: u64) {

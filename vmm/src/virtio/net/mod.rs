@@ -34,6 +34,8 @@ use worker::{Pair, Worker};
 
 mod backend;
 mod control;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod header;
 mod limit;
 mod rx;

@@ -55,15 +55,30 @@ impl Used {
             return Ok(word(0)? & VIRTQ_AVAIL_F_NO_INTERRUPT == 0);
         }
         let used_event = word(RING_HEADER_LEN + u64::from(queue.size()) * 2)?;
-        // VIRTIO 1.2, 2.7.7.2: an interrupt when the event lies in before..now.
-        Ok(now.wrapping_sub(used_event).wrapping_sub(1) < now.wrapping_sub(before))
+        Ok(passes(before, now, used_event))
     }
+}
+
+/// Whether the index has passed the event on its way from `before` to `now` (VIRTIO 1.2, 2.7.7.2): the event lies in before..now.
+fn passes(before: u16, now: u16, event: u16) -> bool {
+    now.wrapping_sub(event).wrapping_sub(1) < now.wrapping_sub(before)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::virtio::driver::DriverQueue;
+
+    /// Every event, for every way of up to 16 chains from the places around which an index wraps.
+    #[test]
+    fn exhaustive_an_event_is_passed_when_its_index_was_used() {
+        let starts = (0..20).chain(u16::MAX - 20..=u16::MAX).chain(32_750..32_790);
+        for (before, count) in starts.flat_map(|before| (0..=16).map(move |count| (before, count))) {
+            let now = before.wrapping_add(count);
+            let used: Vec<u16> = (0..count).map(|offset| before.wrapping_add(offset)).collect();
+            assert!((0..=u16::MAX).all(|event| passes(before, now, event) == used.contains(&event)), "{before} {now}");
+        }
+    }
 
     #[test]
     fn chains_appear_in_order_and_the_event_decides_about_the_interrupt() {

@@ -24,6 +24,8 @@ use crate::event_loop::lock;
 
 mod config_space;
 mod doorbells;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod msix;
 mod transport;
 

@@ -23,7 +23,7 @@ pub(super) enum MessageTarget {
     /// To the vCPUs.
     Vm(Arc<VmFd>),
     /// To a test: address and data.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     Test(std::sync::mpsc::Sender<(u64, u32)>),
 }
 
@@ -34,7 +34,7 @@ impl MessageTarget {
                 let (address_lo, address_hi, data) = (entry.word(0), entry.word(1), entry.word(2));
                 vm.signal_msi(kvm_msi { address_lo, address_hi, data, ..Default::default() })?;
             }
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Self::Test(messages) => {
                 let address = u64::from(entry.word(1)) << 32 | u64::from(entry.word(0));
                 // A test that does not listen is content.
@@ -173,7 +173,7 @@ impl Interrupt {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 impl Interrupt {
     /// An interrupt that goes nowhere.
     pub(crate) fn unheard() -> Self {

@@ -225,6 +225,22 @@ mod tests {
         assert_eq!(connection.peer_room(), 0);
     }
 
+    /// Counters at every distance around their wrap, against the same sum in numbers that do not wrap.
+    #[test]
+    fn exhaustive_the_guests_room_is_what_it_has_less_what_is_on_the_way() {
+        let (mut connection, _host) = connection();
+        let edges = || (0..6_u32).chain(u32::MAX - 5..=u32::MAX);
+        for (sent, forwarded) in edges().flat_map(|sent| edges().map(move |forwarded| (sent, forwarded))) {
+            connection.sent = std::num::Wrapping(sent);
+            let on_the_way = (i64::from(sent) - i64::from(forwarded)).rem_euclid(1 << 32);
+            for buf_alloc in edges().chain([1 << 31]) {
+                connection.learn_credit(&Header { buf_alloc, fwd_cnt: forwarded, ..Header::default() });
+                let room = (i64::from(buf_alloc) - on_the_way).max(0);
+                assert_eq!(i64::from(connection.peer_room()), room, "{sent} {forwarded} {buf_alloc}");
+            }
+        }
+    }
+
     #[test]
     fn a_reader_that_never_reads_costs_a_bounded_buffer() {
         let (mut connection, _host) = connection();

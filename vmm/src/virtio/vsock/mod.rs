@@ -13,6 +13,8 @@ use vmm_api::VsockConfig;
 use super::{ActivateError, Activation, VirtioDevice};
 use crate::event_loop::{Registry, lock};
 use muxer::Muxer;
+#[cfg(any(test, fuzzing))]
+pub(crate) use muxer::fuzz::fuzz;
 
 mod buffers;
 mod connection;

@@ -446,5 +446,7 @@ fn interrupt_if(used_any: bool, queue: &mut ActiveQueue, memory: &GuestMemory) -
     Ok(())
 }
 
+#[cfg(any(test, fuzzing))]
+pub(super) mod fuzz;
 #[cfg(test)]
 mod tests;

@@ -1,0 +1,4 @@
+//! References to images.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| vmrun::fuzz::image_reference(data));
