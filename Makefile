@@ -31,8 +31,9 @@ test: build lint
 	tests/run
 
 # Counts and ratios, explained in tests/bench/README.md.
-bench:
+bench: build
 	tests/bench/kernel-boot
+	tests/bench/start
 
 lint:
 	cargo fmt --check
