@@ -14,6 +14,7 @@ pub mod control;
 pub mod device_thread;
 pub mod event_loop;
 pub mod exit;
+pub mod gathered;
 pub mod inherited;
 pub mod jail;
 pub mod kernel;
