@@ -1,7 +1,7 @@
 # The one door to the project: `make run`, `make test`, `make bench`. Each target installs what it needs.
 target := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 release := $(target)/release
-static := $(target)/static/x86_64-unknown-linux-gnu/release
+static := $(target)/static/x86_64-unknown-linux-gnu
 static_env := RUSTFLAGS="-C target-feature=+crt-static" LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=/usr/lib/x86_64-linux-gnu LIBCAPNG_LINK_TYPE=static LIBCAPNG_LIB_PATH=/usr/lib/x86_64-linux-gnu
 
 # A guest without an operating system, so not of the workspace.
@@ -12,9 +12,11 @@ hostile = cd tests/hostile && CARGO_TARGET_DIR=$(target)/hostile cargo
 # vmrun and the shim, with the three files that they look for beside themselves.
 build: packages
 	cargo build --release -p vmrun -p containerd-shim-vm-v2 -p rootfs
-	$(static_env) cargo build --release -p vmm -p agent --target x86_64-unknown-linux-gnu --target-dir $(target)/static
-	install -m 755 $(static)/vmm $(release)/vmm
-	$(release)/rootfs --agent $(static)/agent --output $(release)/initramfs
+	$(static_env) cargo build --release -p vmm --target x86_64-unknown-linux-gnu --target-dir $(target)/static
+	$(static_env) cargo rustc --profile guest -p agent --target x86_64-unknown-linux-gnu --target-dir $(target)/static \
+	  -- -C link-arg=-Wl,-z,pack-relative-relocs
+	install -m 755 $(static)/release/vmm $(release)/vmm
+	$(release)/rootfs --agent $(static)/guest/agent --output $(release)/initramfs
 	ln -sf "$$(guest-kernel/build)" $(release)/vmlinux
 
 # A Debian container with Python in a microVM.
@@ -32,8 +34,9 @@ test: build lint
 	tests/run
 
 # Counts and ratios, explained in tests/bench/README.md.
-bench:
+bench: build
 	tests/bench/kernel-boot
+	tests/bench/start
 
 # Each target for so many seconds of one processor, see tests/fuzz/README.md.
 fuzz: SECONDS ?= 60

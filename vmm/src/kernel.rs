@@ -10,7 +10,8 @@ use thiserror::Error;
 use vm_memory::{Address as _, Bytes as _, GuestAddress, GuestMemory as _, GuestMemoryError, GuestMemoryRegion as _};
 use vmm_api::VmConfig;
 
-use crate::arch::layout::{COMMAND_LINE, COMMAND_LINE_MAX, HIMEM_START};
+use crate::arch::layout::{COMMAND_LINE, COMMAND_LINE_MAX, HIMEM_START, KERNEL_START};
+use crate::memory;
 use crate::virtio::GuestMemory;
 
 /// Why a kernel cannot be booted.
@@ -22,8 +23,8 @@ pub enum KernelError {
     /// The kernel has no PVH entry.
     #[error("the guest kernel has no PVH note: build it with CONFIG_PVH")]
     NoPvh,
-    /// The initramfs cannot be read.
-    #[error("cannot read the initramfs")]
+    /// The kernel or the initramfs cannot be read.
+    #[error("cannot read the guest kernel or its initramfs")]
     Read(#[source] io::Error),
     /// The initramfs does not fit.
     #[error("the initramfs of {size} bytes does not fit into guest RAM beside the kernel")]
@@ -48,7 +49,7 @@ const COMMAND_LINE_BASE: &str = "reboot=k panic=-1 pci=conf1,lastbus=0 i8042.noa
      random.trust_cpu=on tsc=reliable no_timer_check cryptomgr.notests";
 /// Without a console nothing is printed until something goes wrong: the early console costs exits only for messages that
 /// are printed, and a panic's last words reach the ring.
-const COMMAND_LINE_QUIET: &str = "quiet loglevel=1 earlycon=uart8250,io,0x3f8,115200 keep_bootcon";
+const COMMAND_LINE_QUIET: &str = "quiet loglevel=1 8250.nr_uarts=1 earlycon=uart8250,io,0x3f8,115200 keep_bootcon";
 const COMMAND_LINE_CONSOLE: &str = "console=ttyS0 8250.nr_uarts=1 earlycon=uart8250,io,0x3f8,115200";
 
 /// Loads the kernel; returns its PVH entry and the first address behind it.
@@ -57,6 +58,7 @@ const COMMAND_LINE_CONSOLE: &str = "console=ttyS0 8250.nr_uarts=1 earlycon=uart8
 /// [`KernelError::Load`] and [`KernelError::NoPvh`].
 pub fn load_kernel(memory: &GuestMemory, kernel: OwnedFd) -> Result<(u64, u64), KernelError> {
     let mut file = File::from(kernel);
+    memory::back_with_large_pages(memory, KERNEL_START, file.metadata().map_err(KernelError::Read)?.len());
     let KernelLoaderResult { kernel_end, pvh_boot_cap, .. } =
         Elf::load(memory, None, &mut file, Some(GuestAddress(HIMEM_START))).map_err(KernelError::Load)?;
     match pvh_boot_cap {
@@ -80,6 +82,7 @@ pub fn load_initramfs(memory: &GuestMemory, initramfs: OwnedFd, kernel_end: u64)
     let (Some(address), Ok(len)) = (address, usize::try_from(size)) else {
         return Err(KernelError::InitramfsTooLarge { size });
     };
+    memory::back_with_large_pages(memory, address, size);
     memory
         .read_exact_volatile_from(GuestAddress(address), &mut file, len)
         .map_err(|error| KernelError::Read(io::Error::other(error)))?;

@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{IntoRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, IntoRawFd as _, OwnedFd};
 use std::sync::Arc;
 
 use kvm_bindings::{
@@ -132,6 +132,20 @@ pub fn create_vm(kvm: &Kvm, memory: &GuestMemory) -> Result<Arc<VmFd>, KvmError>
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
     vm.create_pit2(pit).map_err(ioctl("KVM_CREATE_PIT2"))?;
     Ok(Arc::new(vm))
+}
+
+/// A second handle of a vCPU.
+///
+/// # Errors
+/// [`KvmError::Ioctl`].
+pub fn second_handle(vm: &VmFd, vcpu: &VcpuFd) -> Result<VcpuFd, KvmError> {
+    let refused = |source| KvmError::Ioctl { ioctl: "taking a second handle of a vCPU", source };
+    // SAFETY: the descriptor is borrowed for the call, and the vCPU keeps it open for longer.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
+    let handle = rustix::io::fcntl_dupfd_cloexec(borrowed, 0)
+        .map_err(|error| refused(kvm_ioctls::Error::new(error.raw_os_error())))?;
+    // SAFETY: the descriptor is a vCPU's of this VM, made above and given up here.
+    unsafe { vm.create_vcpu_from_rawfd(handle.into_raw_fd()) }.map_err(refused)
 }
 
 /// What KVM can show a guest.

@@ -16,6 +16,7 @@ pub mod event_loop;
 pub mod exit;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
+pub mod gathered;
 pub mod inherited;
 pub mod jail;
 pub mod kernel;

@@ -19,6 +19,7 @@ use crate::control::Control;
 use crate::device_thread::DeviceThread;
 use crate::event_loop::{EventSet, EventSource, Registry};
 use crate::exit::ExitSignal;
+use crate::gathered::GatheredWrites;
 use crate::inherited::InheritedFds;
 use crate::jail::{Jail, ThreadKind};
 use crate::kernel::{self, KernelError};
@@ -155,7 +156,8 @@ impl Machine {
         let tail = ConsoleTail::default();
         let console = config.console.map(|fd| take("the console", fd)).transpose()?.map(File::from);
         let pio = port_bus(&pci, SerialConsole::new(tail.clone(), console), exit.clone());
-        let buses = Arc::new(Buses { pio, mmio });
+        let gathered = GatheredWrites::create(&kvm, &vm, &vcpus[0], &pci.gatherable())?;
+        let buses = Arc::new(Buses { pio, mmio, gathered });
         Ok(Self { _vm: vm, _memory: memory, vcpus, buses, pci, networks, registry, exit, tail, jail })
     }
 

@@ -1,6 +1,7 @@
 //! The VMM process: read the configuration, build the machine, run it, say how it ended.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::IntoRawFd as _;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
@@ -32,7 +33,7 @@ struct Cli {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    tracing_subscriber::fmt().with_max_level(cli.log_level).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt().with_max_level(cli.log_level).with_writer(io::stderr).init();
     let outcome = match cli.config_fd {
         Some(config_fd) if !cli.probe => run(config_fd),
         _ => print_probe(),
@@ -50,7 +51,9 @@ fn run(config_fd: i32) -> Result<u8> {
     raise_descriptor_limit().context("cannot raise the limit of open files")?;
     let mut fds = InheritedFds::default();
     let config = File::from(fds.take(Fd(config_fd)).context("--config-fd is not an open descriptor")?);
-    let config: VmConfig = serde_json::from_reader(config).context("cannot read the configuration")?;
+    // At once: a parser that reads from a file asks the kernel for each byte.
+    let config = io::read_to_string(config).context("cannot read the configuration")?;
+    let config: VmConfig = serde_json::from_str(&config).context("cannot understand the configuration")?;
     inherited::close_others(&config).context("cannot close what nobody handed over")?;
     let control = fds.take(config.control).context("the control socket is not an open descriptor")?;
     let control = UnixStream::from(control);
@@ -98,7 +101,7 @@ fn report_panics(control: UnixStream) {
 }
 
 /// Shares hold a descriptor for each inode that the guest knows; the soft limit is made for programs that use select(2).
-fn raise_descriptor_limit() -> std::io::Result<()> {
+fn raise_descriptor_limit() -> io::Result<()> {
     let limit = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })?;
     Ok(())

@@ -1,15 +1,26 @@
 //! Guest RAM: one sealed memfd, mapped below and above the hole that holds PCI windows and interrupt controllers.
+//!
+//! Decided: what is loaded at boot lies in large pages of the host. Because: KVM then maps it with an exit for 2 MiB, and not for 4 KiB,
+//! and loading it faults as rarely. Instead of: large pages for all of RAM, which would make a guest that touches little use much.
+#![expect(unsafe_code, reason = "a mapping at an address of our choice, and advice about it")]
 
 use std::fs::File;
 use std::io;
+use std::ptr;
 use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous};
 use thiserror::Error;
-use vm_memory::{FileOffset, GuestAddress};
+use vhost_user_backend::bitmap::BitmapMmapRegion;
+use vm_memory::bitmap::NewBitmap as _;
+use vm_memory::mmap::{MmapRegion, MmapRegionBuilder, MmapRegionError};
+use vm_memory::{Bytes as _, FileOffset, GuestAddress, GuestMemory as _, GuestRegionCollectionError, GuestRegionMmap};
 
 use crate::arch::layout::{HIGH_RAM_START, PCI_HOLE_START};
 use crate::virtio::GuestMemory;
+
+type Region = MmapRegion<BitmapMmapRegion>;
 
 /// Why there is no guest RAM.
 #[derive(Debug, Error)]
@@ -24,8 +35,19 @@ pub enum MemoryError {
     },
     /// The host refused the mapping.
     #[error("cannot map guest RAM")]
-    Map(#[source] vm_memory::mmap::FromRangesError),
+    Map(#[source] io::Error),
+    /// The mapping is not what a region of guest RAM must be.
+    #[error("cannot use a mapping as guest RAM")]
+    Region(#[from] MmapRegionError),
+    /// Regions overlap.
+    #[error("cannot use mappings as guest RAM")]
+    Regions(#[from] GuestRegionCollectionError),
 }
+
+/// Size of a large page of the host.
+const LARGE_PAGE: usize = 2 << 20;
+/// Linux 6.1. Not in the C library's headers of that time.
+const MADV_COLLAPSE: i32 = 25;
 
 /// Makes `size_mib` MiB of guest RAM. Pages are taken from the host when they are first touched.
 ///
@@ -35,14 +57,56 @@ pub fn create(size_mib: u32) -> Result<Arc<GuestMemory>, MemoryError> {
     let size = u64::from(size_mib) << 20;
     let file = ram_file(size).map_err(|source| MemoryError::File { size, source })?;
     let file = Arc::new(file);
-    let mut ranges = Vec::new();
+    let mut mapped = Vec::new();
     let mut offset = 0;
     for (start, len) in regions(size) {
         let len = usize::try_from(len).expect("a 64-bit host");
-        ranges.push((GuestAddress(start), len, Some(FileOffset::from_arc(file.clone(), offset))));
+        let region = map(&file, offset, len)?;
+        mapped.push(GuestRegionMmap::new(region, GuestAddress(start)).expect("ends below 2^64"));
         offset += len as u64;
     }
-    Ok(Arc::new(GuestMemory::from_ranges_with_files(ranges).map_err(MemoryError::Map)?))
+    Ok(Arc::new(GuestMemory::from_regions(mapped)?))
+}
+
+/// Has the host make large pages of what is about to be loaded at `start`. Only a hint: without them it takes small ones.
+pub fn back_with_large_pages(memory: &GuestMemory, start: u64, len: u64) {
+    let size = LARGE_PAGE as u64;
+    let first = start / size * size;
+    let mut last = (start + len).next_multiple_of(size);
+    if !memory.address_in_range(GuestAddress(last - 1)) {
+        last -= size;
+    }
+    let len = usize::try_from(last.saturating_sub(first)).unwrap_or(0);
+    // The kernel takes a range without any page for one that was cut off.
+    for address in (first..last).step_by(LARGE_PAGE) {
+        let _ = memory.write_obj(0_u8, GuestAddress(address));
+    }
+    if let Ok(slice) = memory.get_slice(GuestAddress(first), len) {
+        // SAFETY: the range is mapped, and the advice changes neither its bytes nor where it is.
+        let _ = unsafe { libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), len, MADV_COLLAPSE) };
+    }
+}
+
+/// Maps a part of the file at a multiple of [`LARGE_PAGE`], for the lifetime of the process.
+fn map(file: &Arc<File>, offset: u64, len: usize) -> Result<Region, MemoryError> {
+    let failed = |error: rustix::io::Errno| MemoryError::Map(error.into());
+    let room = len + LARGE_PAGE;
+    // SAFETY: the kernel chooses where, so nothing that is mapped is changed.
+    let reserved =
+        unsafe { mmap_anonymous(ptr::null_mut(), room, ProtFlags::empty(), MapFlags::PRIVATE | MapFlags::NORESERVE) };
+    let reserved = reserved.map_err(failed)?;
+    let address = reserved.map_addr(|address| address.next_multiple_of(LARGE_PAGE));
+    let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::NORESERVE);
+    // SAFETY: the range lies in what was reserved above, which nobody else knows.
+    let mapped = unsafe { mmap(address, len, prot, flags | MapFlags::FIXED, file, offset) }.map_err(failed)?;
+    let builder = MmapRegionBuilder::new_with_bitmap(len, BitmapMmapRegion::with_len(len));
+    let builder = builder.with_file_offset(FileOffset::from_arc(file.clone(), offset));
+    let builder = builder
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE);
+    // SAFETY: `len` bytes are mapped there, and nobody unmaps them.
+    let builder = unsafe { builder.with_raw_mmap_pointer(mapped.cast()) };
+    Ok(builder.build()?)
 }
 
 /// A file whose size nobody can change any more: a mapping of it never faults for being cut short.

@@ -19,6 +19,7 @@ use crate::arch::registers;
 use crate::bus::Bus;
 use crate::event_loop::lock;
 use crate::exit::ExitSignal;
+use crate::gathered::GatheredWrites;
 use crate::jail::{Jail, ThreadKind};
 use crate::kvm;
 
@@ -28,6 +29,19 @@ pub struct Buses {
     pub pio: Bus,
     /// Memory.
     pub mmio: Arc<Bus>,
+    /// Writes that come before the next access to a device.
+    pub gathered: GatheredWrites,
+}
+
+impl Buses {
+    /// Brings gathered writes to their devices.
+    fn settle(&self) {
+        self.gathered.take(|address, data| {
+            // No device of memory lies so low.
+            let bus = if address <= u16::MAX.into() { &self.pio } else { &*self.mmio };
+            bus.write(address, data);
+        });
+    }
 }
 
 /// Exits from the guest to us.
@@ -203,24 +217,28 @@ impl Vcpu {
             Ok(VcpuExit::IoIn(port, data)) => {
                 self.last_access = Access::Port(port);
                 count(&self.counts.port);
+                self.buses.settle();
                 self.buses.pio.read(port.into(), data);
                 return None;
             }
             Ok(VcpuExit::IoOut(port, data)) => {
                 self.last_access = Access::Port(port);
                 count(&self.counts.port);
+                self.buses.settle();
                 self.buses.pio.write(port.into(), data);
                 return None;
             }
             Ok(VcpuExit::MmioRead(address, data)) => {
                 self.last_access = Access::Memory(address);
                 count(&self.counts.mmio);
+                self.buses.settle();
                 self.buses.mmio.read(address, data);
                 return None;
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
                 self.last_access = Access::Memory(address);
                 count(&self.counts.mmio);
+                self.buses.settle();
                 self.buses.mmio.write(address, data);
                 return None;
             }

@@ -1,5 +1,6 @@
 //! What is left of root: the rights over files that serving shares needs, in our user namespace only; limits.
 
+use rustix::io::Errno;
 use rustix::process::{
     DumpableBehavior, Resource, Rlimit, dumpable_behavior, getrlimit, set_dumpable_behavior, setrlimit,
 };
@@ -25,8 +26,12 @@ const LIMITS: [(Resource, u64); 2] = [(Resource::Core, 0), (Resource::Nproc, 102
 
 /// Drops all but the rights over files.
 pub(super) fn drop_all_but_files() -> Result<(), JailError> {
-    for capability in known_capabilities().filter(|capability| !KEPT.contains(*capability)) {
-        remove_capability_from_bounding_set(capability).map_err(refused("bound the capabilities"))?;
+    for capability in capability_numbers().filter(|capability| !KEPT.contains(*capability)) {
+        match remove_capability_from_bounding_set(capability) {
+            // The first that this kernel does not know: there are no more.
+            Err(Errno::INVAL) => break,
+            removed => removed.map_err(refused("bound the capabilities"))?,
+        }
     }
     clear_ambient_capability_set().map_err(refused("clear the ambient capabilities"))?;
     let kept = CapabilitySets { effective: KEPT, permitted: KEPT, inheritable: CapabilitySet::empty() };
@@ -41,9 +46,17 @@ pub(super) fn drop_all_but_files() -> Result<(), JailError> {
 
 fn read_back(kept: &CapabilitySets) -> Result<(), JailError> {
     check("dropping capabilities", capabilities(None).map_err(refused("read the capabilities"))? == *kept)?;
-    for capability in known_capabilities() {
-        let bound = capability_is_in_bounding_set(capability).map_err(refused("read the bounding set"))?;
-        check("bounding the capabilities", bound == KEPT.contains(capability))?;
+    for capability in capability_numbers() {
+        match capability_is_in_bounding_set(capability) {
+            Err(Errno::INVAL) => break,
+            bound => check(
+                "bounding the capabilities",
+                bound.map_err(refused("read the bounding set"))? == KEPT.contains(capability),
+            )?,
+        }
+    }
+    // What is not permitted is not ambient, and no more than these is permitted.
+    for capability in KEPT.iter() {
         let ambient = capability_is_in_ambient_set(capability).map_err(refused("read the ambient set"))?;
         check("clearing the ambient capabilities", !ambient)?;
     }
@@ -55,9 +68,7 @@ fn read_back(kept: &CapabilitySets) -> Result<(), JailError> {
     check("refusing to be traced", dumpable == DumpableBehavior::NotDumpable)
 }
 
-/// Those that this kernel knows.
-fn known_capabilities() -> impl Iterator<Item = CapabilitySet> {
-    (0..u64::BITS)
-        .map(|number| CapabilitySet::from_bits_retain(1 << number))
-        .take_while(|capability| capability_is_in_bounding_set(*capability).is_ok())
+/// Each capability that there can be. A kernel knows those below a number of its own, and says `EINVAL` to the others.
+fn capability_numbers() -> impl Iterator<Item = CapabilitySet> {
+    (0..u64::BITS).map(|number| CapabilitySet::from_bits_retain(1 << number))
 }

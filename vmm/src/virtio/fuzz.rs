@@ -3,7 +3,8 @@
 use std::sync::{Arc, LazyLock};
 
 use arbitrary::{Arbitrary, Unstructured};
-use vm_memory::{Bytes as _, GuestAddress};
+use rustix::fs::{FallocateFlags, fallocate};
+use vm_memory::{Bytes as _, GuestAddress, GuestMemory as _, GuestMemoryRegion as _};
 
 use super::driver::DriverQueue;
 use super::{ActiveQueue, GuestMemory};
@@ -100,9 +101,18 @@ impl DriverQueue {
     }
 }
 
-/// Guest RAM of one input.
+/// Guest RAM of one input, all zeros. It is mapped once in each thread, for it stays mapped as long as the process lives.
 pub(crate) fn memory() -> Arc<GuestMemory> {
-    crate::memory::create(RAM_MIB).expect("memory")
+    thread_local! {
+        static RAM: Arc<GuestMemory> = crate::memory::create(RAM_MIB).expect("memory");
+    }
+    let ram = RAM.with(Arc::clone);
+    for region in ram.iter() {
+        let file = region.file_offset().expect("a file").file();
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        fallocate(file, flags, 0, region.len()).expect("a file of memory");
+    }
+    ram
 }
 
 /// Reads one step after another until the bytes are used up.

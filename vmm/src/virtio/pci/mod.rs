@@ -13,7 +13,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{IoEventAddress, VmFd};
 use thiserror::Error;
 
 use super::{GuestMemory, VirtioDevice};
@@ -32,9 +32,11 @@ mod transport;
 use doorbells::Doorbells;
 pub use msix::Interrupt;
 use msix::MessageTarget;
-use transport::{Host, Transport};
+use transport::{Host, QUEUE_REGISTERS, QUEUE_REGISTERS_LEN, Transport};
 
+/// What is written here selects the register that is shown behind it, and does nothing else.
 const CONFIG_ADDRESS_PORT: u64 = 0xcf8;
+const CONFIG_ADDRESS_LEN: u32 = 4;
 const PORT_COUNT: u64 = 8;
 const CONFIG_DATA_OFFSET: u64 = 4;
 const ENABLE: u32 = 1 << 31;
@@ -147,6 +149,16 @@ impl PciBus {
     pub fn attach(self: &Arc<Self>, pio: &Bus) {
         let ports = ConfigPorts { address: 0, bridge: config_space::host_bridge(), bus: self.clone() };
         pio.insert(CONFIG_ADDRESS_PORT, PORT_COUNT, Arc::new(Mutex::new(ports)));
+    }
+
+    /// Registers of the devices that are plugged in whose writes may wait until another register is accessed. They stay so when
+    /// a window is moved, for what comes there instead has its registers at the same place of its window.
+    #[must_use]
+    pub fn gatherable(&self) -> Vec<(IoEventAddress, u32)> {
+        let plugged = lock(&self.slots).iter().flatten().count() as u64;
+        let windows = (0..plugged).map(|index| PCI_WINDOW_START + index * WINDOW_LEN);
+        let queues = windows.map(|window| (IoEventAddress::Mmio(window + QUEUE_REGISTERS), QUEUE_REGISTERS_LEN));
+        [(IoEventAddress::Pio(CONFIG_ADDRESS_PORT), CONFIG_ADDRESS_LEN)].into_iter().chain(queues).collect()
     }
 
     fn transport(&self, slot: usize) -> Option<Arc<Mutex<Transport>>> {

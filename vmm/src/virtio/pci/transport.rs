@@ -48,6 +48,11 @@ const VIRTIO_F_EVENT_IDX: u64 = 1 << 29;
 const VIRTIO_F_VERSION_1: u64 = 1 << 32;
 const TRANSPORT_FEATURES: u64 = VIRTIO_F_INDIRECT_DESC | VIRTIO_F_EVENT_IDX | VIRTIO_F_VERSION_1;
 
+/// From `queue_select` to the end of the common configuration: what the driver writes there counts when it reads a register, or
+/// writes the status, which lies before.
+pub(super) const QUEUE_REGISTERS: u64 = COMMON_CONFIG + 0x16;
+pub(super) const QUEUE_REGISTERS_LEN: u32 = 0x38 - 0x16;
+
 /// Offset of a queue's doorbell in the window.
 pub(super) fn doorbell_offset(queue_index: usize) -> u64 {
     NOTIFY + queue_index as u64 * u64::from(NOTIFY_MULTIPLIER)

@@ -1,0 +1,69 @@
+//! What the processes of a container have of the host's memory. A guest's RAM is the memory of its VMM that is mapped from the file
+//! `guest-ram`; it is counted apart.
+
+use std::fs;
+
+use anyhow::{Context as _, Result, ensure};
+use tests::Story;
+
+use crate::counts::Counts;
+
+/// A process of a container: its owner, or its VMM.
+pub(crate) struct HostProcess {
+    program: &'static str,
+    pid: u32,
+}
+
+impl HostProcess {
+    /// Its threads.
+    pub(crate) fn tids(&self) -> Vec<u32> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid)).into_iter().flatten().flatten();
+        tasks.filter_map(|task| task.file_name().to_str()?.parse().ok()).collect()
+    }
+}
+
+/// Owner and VMM of the container `bench`.
+pub(crate) fn processes_of(story: &Story) -> Result<[HostProcess; 2]> {
+    let inspected = story.inspect("bench");
+    let vmm = inspected["State"]["Pid"].as_u64().and_then(|pid| u32::try_from(pid).ok()).context("no VMM is known")?;
+    let status = fs::read_to_string(format!("/proc/{vmm}/status"))?;
+    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:")?.trim().parse().ok());
+    let owner = parent.context("the VMM has no parent")?;
+    Ok([HostProcess { program: "vmrun", pid: owner }, HostProcess { program: "vmm", pid: vmm }])
+}
+
+/// KiB of each kind.
+pub(crate) fn measure(processes: &[HostProcess]) -> Result<Counts> {
+    let mut counts = Counts::new();
+    for HostProcess { program, pid } in processes {
+        let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
+        ensure!(!smaps.is_empty(), "{program} has ended");
+        let mut in_guest = false;
+        for line in smaps.lines() {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            // A line without a colon behind its first word begins a mapping.
+            if !words.first().is_some_and(|word| word.ends_with(':')) {
+                in_guest = line.contains("/memfd:guest-ram");
+                continue;
+            }
+            let kib: u64 = words.get(1).and_then(|word| word.parse().ok()).unwrap_or(0);
+            let mut add = |name: String| *counts.entry(name).or_default() += kib;
+            match (words[0], in_guest) {
+                ("Pss:", true) => add("idle.guest KiB".to_owned()),
+                ("Pss:", false) => {
+                    add(format!("idle.proportional KiB.{program}"));
+                    add("idle.proportional KiB".to_owned());
+                }
+                ("Private_Clean:" | "Private_Dirty:", false) => {
+                    add(format!("idle.private KiB.{program}"));
+                    add("idle.private KiB".to_owned());
+                }
+                _ => {}
+            }
+        }
+    }
+    let of = |name: &str| counts.get(name).copied().unwrap_or(0);
+    let total = of("idle.guest KiB") + of("idle.proportional KiB");
+    counts.insert("idle.total KiB".to_owned(), total);
+    Ok(counts)
+}

@@ -1,0 +1,129 @@
+//! What is compared: each function runs one thing once and returns its counts. All have the same root file system and the same
+//! command, `/marker`, but QEMU, which has our kernel and agent alone.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use tests::Story;
+
+use crate::counts::{self, Counts};
+use crate::memory;
+use crate::trace::Trace;
+
+/// The kernel's parameters, as the VMM gives them but for the console and the way to reset: this machine has neither.
+const QEMU_COMMAND_LINE: &str =
+    "quiet loglevel=1 reboot=t panic=-1 tsc=reliable no_timer_check random.trust_cpu=on cryptomgr.notests";
+/// With what the VM has beside: 128 MiB.
+const SMALL_MEMORY: &str = "32m";
+
+/// Where the runs take place.
+pub(crate) struct Subjects {
+    story: Story,
+    trace: Trace,
+    bundle: PathBuf,
+}
+
+impl Subjects {
+    /// Makes the root file system and a bundle of it.
+    pub(crate) fn create(marker: &Path) -> Result<Self> {
+        let story = Story::new();
+        fs::copy(marker, story.rootfs().join("marker")).context("copy the command")?;
+        let bundle = story.volume();
+        bundle_of(&story.rootfs(), &bundle)?;
+        let trace = Trace::create().context("make an instance of tracefs: the bench needs root")?;
+        Ok(Self { story, trace, bundle })
+    }
+
+    /// `vmrun run`.
+    pub(crate) fn vmrun_run(&self) -> Result<Counts> {
+        let image = self.story.image();
+        self.record(&[], &self.story.vmrun(&["run", "--rm", &image, "/marker"]))
+    }
+
+    /// `vmrun exec` in a container that runs, for the second time there.
+    pub(crate) fn vmrun_exec(&self) -> Result<Counts> {
+        let _container = Detached::start(&self.story, &[])?;
+        let exec = ["exec", "bench", "/marker"];
+        succeed(&self.story, &exec)?;
+        let processes = memory::processes_of(&self.story)?;
+        let tids: Vec<u32> = processes.iter().flat_map(|process| process.tids()).collect();
+        self.record(&tids, &self.story.vmrun(&exec))
+    }
+
+    /// An idle VM of 128 MiB.
+    pub(crate) fn vmrun_idle(&self) -> Result<Counts> {
+        let _container = Detached::start(&self.story, &["--memory", SMALL_MEMORY])?;
+        memory::measure(&memory::processes_of(&self.story)?)
+    }
+
+    /// QEMU's microvm with our kernel and agent, until the agent dials the host: there is no vsock, so it resets then.
+    pub(crate) fn qemu(&self) -> Result<Counts> {
+        let artifact = |variable| std::env::var(variable).with_context(|| format!("{variable} is not set"));
+        let mut command = Command::new("qemu-system-x86_64");
+        command.args(["-M", "microvm,pit=off,pic=off,rtc=off,isa-serial=off,auto-kernel-cmdline=off", "-accel", "kvm"]);
+        command.args(["-cpu", "host", "-smp", "1", "-m", "608", "-nodefaults", "-no-user-config", "-display", "none"]);
+        command.args(["-no-reboot", "-append", QEMU_COMMAND_LINE]);
+        command.args(["-kernel", &artifact("VMRUN_KERNEL")?, "-initrd", &artifact("VMRUN_INITRAMFS")?]);
+        self.record(&[], &command)
+    }
+
+    /// `runc run` or `crun run`.
+    pub(crate) fn oci(&self, runtime: &str) -> Result<Counts> {
+        let mut command = Command::new(runtime);
+        command.args(["run", "--bundle"]).arg(&self.bundle).arg("bench");
+        self.record(&[], &command)
+    }
+
+    /// Runs a command to its end while it and the threads `tids` are recorded.
+    fn record(&self, tids: &[u32], command: &Command) -> Result<Counts> {
+        let words: Option<Vec<&str>> =
+            [command.get_program()].into_iter().chain(command.get_args()).map(|word| word.to_str()).collect();
+        let words = words.context("a path is not UTF-8")?;
+        self.trace.begin(tids)?;
+        let output = self.trace.recorded(&words).stdin(Stdio::null()).output();
+        let events = self.trace.end()?;
+        let Output { status, stderr, .. } = output?;
+        ensure!(status.success(), "{} ended with {status}: {}", words[0], String::from_utf8_lossy(&stderr));
+        Ok(counts::count(&events))
+    }
+}
+
+/// A container `bench` that sleeps.
+struct Detached<'a>(&'a Story);
+
+impl<'a> Detached<'a> {
+    fn start(story: &'a Story, options: &[&str]) -> Result<Self> {
+        let image = story.image();
+        let run = [&["run", "--detach", "--name", "bench"], options, &[&image, "sleep", "100000"]].concat();
+        succeed(story, &run)?;
+        Ok(Self(story))
+    }
+}
+
+impl Drop for Detached<'_> {
+    fn drop(&mut self) {
+        // What is left of it fails the next start, by its name.
+        let _ = self.0.call(&["rm", "--force", "bench"]);
+    }
+}
+
+fn succeed(story: &Story, arguments: &[&str]) -> Result<()> {
+    let outcome = story.call(arguments);
+    ensure!(outcome.code == 0, "{arguments:?} failed: {outcome:?}");
+    Ok(())
+}
+
+/// Has runc write a bundle of `rootfs` that runs `/marker`.
+fn bundle_of(rootfs: &Path, bundle: &Path) -> Result<()> {
+    if !Command::new("runc").args(["spec", "--bundle"]).arg(bundle).status()?.success() {
+        bail!("runc spec failed");
+    }
+    let path = bundle.join("config.json");
+    let mut spec: serde_json::Value = serde_json::from_slice(&fs::read(&path)?)?;
+    spec["process"]["args"] = ["/marker"].as_slice().into();
+    spec["process"]["terminal"] = false.into();
+    spec["root"]["path"] = rootfs.to_str().context("a path is not UTF-8")?.into();
+    Ok(fs::write(&path, serde_json::to_vec(&spec)?)?)
+}
