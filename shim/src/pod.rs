@@ -109,7 +109,7 @@ impl Pod {
     }
 
     /// The VM, also after its end.
-    fn any_vm(&self) -> Option<Arc<Vm>> {
+    pub(crate) fn any_vm(&self) -> Option<Arc<Vm>> {
         self.vm.get().cloned()
     }
 

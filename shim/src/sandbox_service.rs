@@ -65,9 +65,8 @@ impl Sandbox for SandboxService {
     async fn sandbox_status(&self, _: &TtrpcContext, request: SandboxStatusRequest) -> Result<SandboxStatusResponse> {
         self.0.sandbox(&request.sandbox_id)?;
         let mut response = SandboxStatusResponse { sandbox_id: request.sandbox_id, ..Default::default() };
-        let vm = self.0.vm();
-        response.state = if vm.is_ok() { "SANDBOX_READY" } else { "SANDBOX_NOTREADY" }.to_owned();
-        if let Ok(vm) = vm {
+        response.state = if self.0.vm().is_ok() { "SANDBOX_READY" } else { "SANDBOX_NOTREADY" }.to_owned();
+        if let Some(vm) = self.0.any_vm() {
             response.pid = vm.pid();
             response.created_at = translate::timestamp(vm.started_at);
             response.info.insert("vcpus".to_owned(), vm.size.vcpus.to_string());
@@ -153,7 +152,7 @@ fn cgroups_path(parent: &str, id: &str) -> Option<PathBuf> {
 }
 
 /// resolv.conf(5); nothing when the pod asks for nothing.
-fn resolv_conf(dns: &DNSConfig) -> String {
+fn resolv_conf(dns: &DNSConfig) -> Option<String> {
     let mut lines: Vec<String> = Vec::new();
     if !dns.searches.is_empty() {
         lines.push(format!("search {}", dns.searches.join(" ")));
@@ -162,7 +161,8 @@ fn resolv_conf(dns: &DNSConfig) -> String {
     if !dns.options.is_empty() {
         lines.push(format!("options {}", dns.options.join(" ")));
     }
-    lines.into_iter().map(|line| line + "\n").collect()
+    let text: String = lines.into_iter().map(|line| line + "\n").collect();
+    Some(text).filter(|text| !text.is_empty())
 }
 
 #[cfg(test)]
@@ -205,7 +205,7 @@ mod tests {
         let read = sandbox_config(&request).expect("read");
         assert_eq!(read.netns, Some("/run/netns/a".into()));
         assert_eq!((read.hostname.as_str(), read.limits), ("web", Limits { cpus: 0.5, memory_bytes: 1 << 28 }));
-        assert_eq!(read.resolv_conf, "search svc local\nnameserver 10.0.0.10\noptions ndots:5\n");
+        assert_eq!(read.resolv_conf.as_deref(), Some("search svc local\nnameserver 10.0.0.10\noptions ndots:5\n"));
         assert_eq!(read.sysctls["net.core.somaxconn"], "64");
     }
 

@@ -12,11 +12,15 @@ use crate::cri::{self, Limits, Role};
 use crate::error::TaskError;
 use crate::vm::Vm;
 
+/// Its name server is that of pods that say nothing about theirs, as with the CRI plugin's own sandboxer.
+const HOST_RESOLV_CONF: &str = "/etc/resolv.conf";
+
 /// What the CRI asks of a pod.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct SandboxConfig {
     pub(crate) hostname: String,
-    pub(crate) resolv_conf: String,
+    /// resolv.conf(5); nothing when the pod has the host's.
+    pub(crate) resolv_conf: Option<String>,
     pub(crate) sysctls: HashMap<String, String>,
     pub(crate) annotations: HashMap<String, String>,
     pub(crate) limits: Limits,
@@ -75,7 +79,7 @@ impl Pod {
         self.shutdown.notify_one();
     }
 
-    /// Gives a container what its pod has: kernel parameters, and the files of its name and resolver where the spec has none.
+    /// Gives a container what its pod has: kernel parameters, and the files of its name and resolver where the spec has no file.
     pub(super) fn apply_sandbox(&self, spec: &mut Spec, role: Role) -> Result<(), TaskError> {
         if role != Role::Member {
             return Ok(());
@@ -89,21 +93,47 @@ impl Pod {
         let Some(sandbox) = settings.sandbox else { return Ok(()) };
         let mut mounts = spec.mounts().clone().unwrap_or_default();
         let hostname = if sandbox.hostname.is_empty() { &self.id } else { &sandbox.hostname };
-        let hosts = format!("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{hostname}\n");
-        let files =
-            [("resolv.conf", sandbox.resolv_conf.clone()), ("hostname", format!("{hostname}\n")), ("hosts", hosts)];
-        for (name, text) in files {
+        for (name, text) in [
+            ("hostname", format!("{hostname}\n")),
+            ("hosts", hosts(hostname)),
+            (
+                "resolv.conf",
+                sandbox.resolv_conf.unwrap_or_else(|| fs::read_to_string(HOST_RESOLV_CONF).unwrap_or_default()),
+            ),
+        ] {
             let destination = Path::new("/etc").join(name);
-            if text.is_empty() || mounts.iter().any(|mount| *mount.destination() == destination) {
+            let present = mounts.iter_mut().find(|mount| *mount.destination() == destination);
+            if present.as_ref().is_some_and(|mount| !is_folder(mount)) {
                 continue;
             }
-            let source = self.bundle.join(name);
-            fs::write(&source, text).map_err(TaskError::host(format!("write {}", source.display())))?;
-            mounts.push(bind(source, &destination)?);
+            let source = self.write_once(name, &text)?;
+            match present {
+                Some(mount) => _ = mount.set_source(Some(source)),
+                None => mounts.push(bind(source, &destination)?),
+            }
         }
         spec.set_mounts(Some(mounts));
         Ok(())
     }
+
+    /// A file in the pod's folder; what a container has changed in it stays for the next one.
+    fn write_once(&self, name: &str, text: &str) -> Result<PathBuf, TaskError> {
+        let path = self.bundle.join(name);
+        if !path.exists() {
+            fs::write(&path, text).map_err(TaskError::host(format!("write {}", path.display())))?;
+        }
+        Ok(path)
+    }
+}
+
+/// hosts(5) of a pod for which nobody wrote one.
+fn hosts(hostname: &str) -> String {
+    format!("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{hostname}\n")
+}
+
+/// The CRI plugin mounts files that only its own sandboxer writes; it makes a folder of each that is not there.
+fn is_folder(mount: &Mount) -> bool {
+    mount.source().as_ref().is_some_and(|source| source.is_dir())
 }
 
 fn bind(source: PathBuf, destination: &Path) -> Result<Mount, TaskError> {

@@ -1,9 +1,13 @@
 //! A pod without a VM: what is refused, and that nothing stays of what was refused.
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::Pod;
+use oci_spec::runtime::Spec;
+use serde_json::json;
+
+use super::{Pod, SandboxConfig};
 use crate::config::Config;
 use crate::container::Container;
 use crate::cri::Role;
@@ -22,7 +26,7 @@ fn member() -> CreateContainer {
         role: Role::Member,
         stdio: Stdio::default(),
         rootfs: Vec::new(),
-        spec: oci_spec::runtime::Spec::default(),
+        spec: Spec::default(),
         netns: None,
     }
 }
@@ -61,4 +65,29 @@ async fn a_creation_that_is_given_up_is_over_when_nothing_is_left() {
         container.set_gone();
     };
     tokio::join!(container.abandon(), creation);
+}
+
+/// As the CRI plugin makes it for a pod whose files it has not written: folders, in place of files that are missing.
+#[tokio::test]
+async fn a_folder_that_stands_for_a_file_of_the_pod_is_replaced() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let (folder, kept) = (dir.path().join("hosts-of-nobody"), dir.path().join("hosts-of-kubelet"));
+    fs::create_dir(&folder).expect("a folder");
+    fs::write(&kept, "192.0.2.1 kubelet\n").expect("a file");
+    let pod = Pod::new("pod".to_owned(), "default".to_owned(), dir.path().to_owned(), Config::default());
+    let config =
+        SandboxConfig { hostname: "web".to_owned(), resolv_conf: Some("x\n".to_owned()), ..Default::default() };
+    pod.create_sandbox("pod", config).expect("created");
+    let sources = |source: &Path| {
+        let mount = json!({ "destination": "/etc/hosts", "type": "bind", "source": source });
+        let mut spec: Spec =
+            serde_json::from_value(json!({ "ociVersion": "1.1.0", "mounts": [mount] })).expect("a spec");
+        pod.apply_sandbox(&mut spec, Role::Member).expect("applied");
+        let mounts = spec.mounts().clone().unwrap_or_default();
+        mounts.iter().map(|mount| mount.source().clone().unwrap_or_default()).collect::<Vec<_>>()
+    };
+    let own = |name: &str| dir.path().join(name);
+    assert_eq!(sources(&folder), [own("hosts"), own("hostname"), own("resolv.conf")]);
+    assert!(fs::read_to_string(own("hosts")).expect("written").contains("127.0.1.1\tweb\n"));
+    assert_eq!(sources(&kept)[0], kept);
 }
