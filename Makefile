@@ -30,7 +30,6 @@ test: build lint
 	@tests/install-packages docker-registry skopeo containernetworking-plugins iproute2 iptables passt curl
 	tests/debian-image >/dev/null
 	tests/containerd-packages >/dev/null
-	tests/fuzz/run 2
 	tests/run
 
 # Counts and ratios, explained in tests/bench/README.md.

@@ -62,8 +62,6 @@ pub(crate) enum Move {
     Offer(u16),
     /// Says how many chains it has offered.
     Claim(u16),
-    /// Takes what is in the used ring.
-    Take,
     /// Writes anywhere.
     Write { place: Place, bytes: Vec<u8> },
 }
@@ -92,7 +90,6 @@ impl DriverQueue {
             }
             Move::Offer(head) => self.offer(*head),
             Move::Claim(index) => self.claim(*index),
-            Move::Take => while self.take_used().is_some() {},
             Move::Write { place, bytes } => {
                 // Outside of RAM there is nothing to write to.
                 let _ = memory.write_slice(bytes, GuestAddress(place.address()));

@@ -7,6 +7,10 @@ use oci_spec::distribution::Reference;
 pub(crate) fn parse(text: &str) -> Result<Reference> {
     let parsed: Result<Reference, _> = text.parse();
     let reference = parsed.with_context(|| format!("{text:?} is not a reference to an image"))?;
+    // A registry of one word with capitals is taken, and its full form, which the store keeps, is not.
+    if reference.to_string().parse::<Reference>().ok().as_ref() != Some(&reference) {
+        bail!("{text:?} is not a reference to an image: write the registry in full");
+    }
     match reference.digest() {
         Some(digest) if !digest.starts_with("sha256:") => bail!("{text:?}: only sha256 digests are supported"),
         // As Docker: with both, the digest decides and the tag is a remark.
@@ -64,7 +68,8 @@ mod tests {
 
     #[test]
     fn what_is_no_reference_is_refused() {
-        for text in ["", "UPPER", "a b", "-x", "debian:", "debian@sha256:12", "a//b", "../up", "debian:tag:tag", "a\nb"]
+        for text in
+            ["", "UPPER", "a b", "-x", "debian:", "debian@sha256:12", "a//b", "../up", "debian:tag:tag", "a\nb", "C/k"]
         {
             assert!(parse(text).is_err(), "{text:?}");
         }

@@ -120,8 +120,13 @@ pub(crate) fn stream(data: &[u8]) {
     // In pieces, so that frames come in parts too.
     for piece in data.chunks(usize::from(data.first().copied().unwrap_or(0)) + 1) {
         host.write_all(piece).expect("it is read at once");
-        while let Ok(len) = stream.receive(&mut frame) {
-            assert!((HEADER_LEN..=MAX_FRAME_LEN).contains(&len));
+        loop {
+            match stream.receive(&mut frame) {
+                Ok(len) => assert!((HEADER_LEN..=MAX_FRAME_LEN).contains(&len)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                // A worker gives the stream up then.
+                Err(_) => return,
+            }
         }
     }
 }
