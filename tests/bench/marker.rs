@@ -7,7 +7,7 @@
 core::arch::global_asm!(
     ".globl _start",
     "_start:",
-    "mov eax, 0x4f4b0001", // tests/src/bin/bench/phases.rs knows it
+    "mov eax, 0x4f4b0001", // tests/src/bin/bench/counts.rs knows it
     "cpuid",
     "mov eax, 60", // exit(0)
     "xor edi, edi",

@@ -1,17 +1,6 @@
 //! What the VMM that was taken over (`bin/escape.rs`) tells its story.
 
 use serde::{Deserialize, Serialize};
-use vmm::jail::ThreadKind;
-
-/// Each kind of thread.
-pub const KINDS: [ThreadKind; 6] = [
-    ThreadKind::EventLoop,
-    ThreadKind::Vcpu,
-    ThreadKind::Devices,
-    ThreadKind::Fs,
-    ThreadKind::Net,
-    ThreadKind::VsockFinish,
-];
 
 /// One attempt.
 #[derive(Debug, Deserialize, Serialize)]

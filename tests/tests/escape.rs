@@ -11,8 +11,9 @@ use std::process::Stdio;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, socket_with};
 use sandbox::share::{Rootfs, rootfs_tree};
 use tests::Story;
-use tests::escape::{Became, KINDS, Tried};
+use tests::escape::{Became, Tried};
 use tests::guest::{BUSY, config, kernel, program};
+use vmm::jail::ThreadKind;
 use vmm_api::{CachePolicy, Fd, ShareConfig};
 
 /// What succeeds, and for whom. Each line is also in `vmm/README.md`, Confinement.
@@ -75,13 +76,17 @@ fn a_vmm_that_was_taken_over_reaches_what_is_documented_and_no_more() {
     let tried = rehearse(&story);
     let (numbers, attempts): (Vec<_>, Vec<_>) = tried.iter().partition(|tried| is_number(tried));
     let names: BTreeSet<&str> = attempts.iter().map(|tried| tried.attempt.as_str()).collect();
-    assert!(names.len() >= LEAST_ATTEMPTS && attempts.len() == names.len() * KINDS.len(), "{} names", names.len());
+    assert!(
+        names.len() >= LEAST_ATTEMPTS && attempts.len() == names.len() * ThreadKind::ALL.len(),
+        "{} names",
+        names.len()
+    );
 
     let mut reached = BTreeMap::<&str, BTreeSet<&str>>::new();
     for tried in attempts.iter().filter(|tried| tried.became == Became::Done) {
         reached.entry(&tried.attempt).or_default().insert(&tried.thread);
     }
-    println!("{} attempts by each of {} kinds of threads; these succeed:", names.len(), KINDS.len());
+    println!("{} attempts by each of {} kinds of threads; these succeed:", names.len(), ThreadKind::ALL.len());
     reached.iter().for_each(|(attempt, threads)| println!("  {attempt}: {threads:?}"));
     let documented = REACHED.map(|(attempt, threads)| (attempt, threads.iter().copied().collect()));
     assert_eq!(reached, BTreeMap::from(documented));
@@ -90,7 +95,7 @@ fn a_vmm_that_was_taken_over_reaches_what_is_documented_and_no_more() {
 
     // The lists that are to be read are the lists that hold. A call that depends on its arguments ends the process here.
     let snapshot = include_str!("../../vmm/system-calls.txt");
-    for kind in KINDS {
+    for kind in ThreadKind::ALL {
         let thread = format!("{kind:?}");
         let here = numbers.iter().filter(|tried| tried.thread == thread && tried.became != Became::Ended);
         let open = here.map(|tried| name_of(&tried.attempt)).filter(|name| !UNFILTERED.contains(&name.as_str()));

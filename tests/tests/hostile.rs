@@ -72,16 +72,16 @@ impl Hostile {
     }
 
     /// The next line of the console.
-    fn verdict(&self, last: &str) -> String {
+    fn verdict(&mut self, last: &str) -> String {
         match self.console.recv_timeout(CASE_DEADLINE) {
             Ok(line) => line,
             Err(RecvTimeoutError::Timeout) => panic!("the guest is stuck after {last:?}"),
-            Err(RecvTimeoutError::Disconnected) => panic!("the VM ended after {last:?}"),
+            Err(RecvTimeoutError::Disconnected) => panic!("the VM ended after {last:?}: {:?}", self.next()),
         }
     }
 
     /// The lines of the console behind `first`, until the guest says that it is done.
-    fn verdicts(&self, first: String) -> Vec<String> {
+    fn verdicts(&mut self, first: String) -> Vec<String> {
         let mut verdicts = vec![first];
         while let Some(last) = verdicts.last().filter(|line| !line.starts_with("end: ")) {
             verdicts.push(self.verdict(last));

@@ -74,7 +74,9 @@ pub fn plan(data: &[u8]) {
 mod tests {
     #[test]
     fn every_target_takes_its_bytes() {
-        let inputs: [&[u8]; 4] = [b"", &[0; 64], br#"{"exited":{}}"#, br#"{"ociVersion":"1.0.2"}"#];
+        let ended = br#"{"exited":{"reason":{"why":"vmm-error","detail":"a\u001b[2J"},"console_tail":"\u0007"}}"#;
+        let bound = br#"{"ociVersion":"1.0.2","mounts":[{"destination":"/d","type":"bind","source":"/srv"}]}"#;
+        let inputs: [&[u8]; 4] = [b"", &[0; 64], ended, bound];
         for target in [super::agent_answers, super::vmm_messages, super::plan] {
             inputs.into_iter().for_each(target);
         }

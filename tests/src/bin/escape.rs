@@ -13,7 +13,7 @@ use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
 use nix::sys::signal::{SigHandler, Signal};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork};
-use tests::escape::{Became, KINDS, Tried};
+use tests::escape::{Became, Tried};
 use vmm::inherited::{self, InheritedFds};
 use vmm::jail::{self, Jail, ThreadKind};
 use vmm_api::{Fd, VmConfig};
@@ -63,7 +63,7 @@ fn main() {
         socket: socket.clone().into_bytes(),
         abstract_name: abstract_name.clone().into_bytes(),
     };
-    for kind in KINDS {
+    for kind in ThreadKind::ALL {
         for (name, attempt) in attempts::ALL {
             tell(kind, name, alone(&jail, kind, || attempt(&scene).map(drop)));
         }
@@ -86,7 +86,7 @@ fn alone(jail: &Jail, kind: ThreadKind, act: impl FnOnce() -> io::Result<()>) ->
             let _ = tell.write(&errno.to_le_bytes());
             loop {
                 // Few kinds of threads may end; the others are ended for it.
-                let _ = attempts::call(libc::SYS_exit_group, [0; 6]);
+                let _ = attempts::call(libc::SYS_exit_group, []);
             }
         }
         ForkResult::Parent { child } => {

@@ -225,7 +225,8 @@ const DEVICES: &[Allowed] = &[
 ];
 
 impl ThreadKind {
-    const ALL: [Self; 6] = [Self::EventLoop, Self::Vcpu, Self::Devices, Self::Fs, Self::Net, Self::VsockFinish];
+    /// Each kind.
+    pub const ALL: [Self; 6] = [Self::EventLoop, Self::Vcpu, Self::Devices, Self::Fs, Self::Net, Self::VsockFinish];
 
     fn lists(self) -> &'static [&'static [Allowed]] {
         match self {

@@ -7,11 +7,8 @@ use std::path::Path;
 
 use super::Line;
 
-/// Parameters of the host's command line that take protection away.
-const WEAKENING: [&str; 14] = [
-    "mitigations=off",
-    "mitigations=auto;no_guest_host",
-    "mitigations=auto;no_guest_guest",
+/// Parameters of the host's command line that take protection away, beside some values of `mitigations`.
+const WEAKENING: [&str; 11] = [
     "nopti",
     "pti=off",
     "nospectre_v1",

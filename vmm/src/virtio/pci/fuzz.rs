@@ -3,42 +3,9 @@
 use std::sync::mpsc;
 
 use arbitrary::Arbitrary;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
-use crate::virtio::fuzz::{DEVICE_THREAD, memory, steps};
-use crate::virtio::{ActivateError, Activation};
-
-/// A device that knows what a transport owes it.
-struct Owed {
-    active: bool,
-}
-
-impl VirtioDevice for Owed {
-    fn device_id(&self) -> u16 {
-        26
-    }
-    fn queue_sizes(&self) -> &[u16] {
-        &[16, 8]
-    }
-    fn features(&self) -> u64 {
-        1
-    }
-    fn config(&self) -> std::borrow::Cow<'_, [u8]> {
-        b"config".as_slice().into()
-    }
-    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        assert!(!std::mem::replace(&mut self.active, true), "activated once between two resets");
-        assert!(activation.features & 1 << 32 != 0, "version 1 was agreed on");
-        let is_sound = |queue: &virtio_queue::Queue| virtio_queue::QueueT::is_valid(queue, &*activation.memory);
-        let ready = |queue: &virtio_queue::Queue| virtio_queue::QueueT::ready(queue);
-        assert!(activation.queues.iter().all(|active| !ready(&active.queue) || is_sound(&active.queue)));
-        Ok(())
-    }
-    fn reset(&mut self) {
-        self.active = false;
-    }
-}
+use crate::virtio::fuzz::{memory, steps};
 
 /// 1, 2, 4 or 8 bytes, or what no processor does.
 #[derive(Arbitrary, Debug)]
@@ -67,10 +34,7 @@ enum Step {
 
 /// Accesses to a function's configuration space and to its window.
 pub(crate) fn transport(data: &[u8]) {
-    let (messages, _) = mpsc::channel();
-    let kicks = (0..2).map(|_| EventFd::new(EFD_NONBLOCK).expect("an eventfd")).collect();
-    let host = Host { messages: MessageTarget::Test(messages), memory: memory(), device_thread: DEVICE_THREAD.clone() };
-    let mut transport = Transport::new(Box::new(Owed { active: false }), kicks, PCI_WINDOW_START, host);
+    let (mut transport, _heard) = owed::transport(memory());
     for step in steps(data) {
         match step {
             Step::ReadConfig(access) => transport.read_config_space(usize::from(access.at % 512), &mut access.bytes()),

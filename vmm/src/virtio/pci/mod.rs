@@ -27,6 +27,8 @@ mod doorbells;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
 mod msix;
+#[cfg(any(test, fuzzing))]
+mod owed;
 mod transport;
 
 use doorbells::Doorbells;

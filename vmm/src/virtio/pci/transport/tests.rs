@@ -1,48 +1,14 @@
 //! What a driver may and may not do with the registers.
 
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::mpsc::Receiver;
 
 use proptest::prelude::*;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
-use crate::jail::Jail;
-use crate::virtio::ActivateError;
-
-/// A device that says what is done with it.
-struct Told(Sender<&'static str>);
-
-impl VirtioDevice for Told {
-    fn device_id(&self) -> u16 {
-        26
-    }
-    fn queue_sizes(&self) -> &[u16] {
-        &[16, 8]
-    }
-    fn features(&self) -> u64 {
-        1
-    }
-    fn config(&self) -> std::borrow::Cow<'_, [u8]> {
-        b"config".as_slice().into()
-    }
-    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        assert_eq!(activation.queues.len(), 2);
-        let _ = self.0.send("activate");
-        Ok(())
-    }
-    fn reset(&mut self) {
-        let _ = self.0.send("reset");
-    }
-}
+use crate::virtio::pci::owed;
 
 fn transport() -> (Transport, Receiver<&'static str>) {
-    let (told, heard) = mpsc::channel();
-    let (messages, _) = mpsc::channel();
-    let kicks = (0..2).map(|_| EventFd::new(EFD_NONBLOCK).expect("an eventfd")).collect();
-    let memory = crate::memory::create(64).expect("memory");
-    let device_thread = DeviceThread::start(Jail::default()).expect("a thread");
-    let host = Host { messages: MessageTarget::Test(messages), memory, device_thread };
-    (Transport::new(Box::new(Told(told)), kicks, 0xc000_0000, host), heard)
+    owed::transport(crate::memory::create(64).expect("memory"))
 }
 
 fn read(transport: &mut Transport, offset: u64, len: usize) -> u32 {
