@@ -12,7 +12,7 @@ use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
 
 use nix::sys::signal::{SigHandler, Signal};
 use nix::sys::wait::{WaitStatus, waitpid};
-use nix::unistd::{ForkResult, Pid, fork};
+use nix::unistd::{ForkResult, fork};
 use tests::escape::{Became, Tried};
 use vmm::inherited::{self, InheritedFds};
 use vmm::jail::{self, Jail, ThreadKind};
@@ -93,7 +93,7 @@ fn alone(jail: &Jail, kind: ThreadKind, act: impl FnOnce() -> io::Result<()>) ->
             drop(tell);
             let mut errno = [0; 4];
             let answered = told.read_exact(&mut errno).is_ok();
-            match (answered, end_of(child)) {
+            match (answered, waitpid(child, None).expect("waited")) {
                 (true, _) => match i32::from_le_bytes(errno) {
                     0 => Became::Done,
                     errno => Became::Refused(errno),
@@ -104,10 +104,6 @@ fn alone(jail: &Jail, kind: ThreadKind, act: impl FnOnce() -> io::Result<()>) ->
             }
         }
     }
-}
-
-fn end_of(child: Pid) -> WaitStatus {
-    waitpid(child, None).expect("waited")
 }
 
 fn tell(kind: ThreadKind, attempt: &str, became: Became) {

@@ -1,5 +1,5 @@
 //! `vmrun check --security`: what a host should have before hostile guests are let in. Reads only what the kernel tells under
-//! `/proc` and `/sys`; a fact that it does not tell is a warning, never a pass.
+//! `/proc` and `/sys`; a fact that it does not tell is a warning, unless that means that it has no such thing.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
@@ -22,11 +22,10 @@ const WEAKENING: [&str; 11] = [
     "kvm.nx_huge_pages=off",
 ];
 
-/// A setting whose number should not be below another.
+/// A setting that should not be 0.
 struct Setting {
     name: &'static str,
     path: &'static str,
-    least: u64,
     remedy: &'static str,
 }
 
@@ -34,27 +33,19 @@ const SETTINGS: [Setting; 4] = [
     Setting {
         name: "ptrace",
         path: "proc/sys/kernel/yama/ptrace_scope",
-        least: 1,
         remedy: "sysctl kernel.yama.ptrace_scope=1, or processes of one user read each other's memory",
     },
     Setting {
         name: "addresses",
         path: "proc/sys/kernel/kptr_restrict",
-        least: 1,
         remedy: "sysctl kernel.kptr_restrict=1, or users learn where the kernel is",
     },
     Setting {
         name: "bpf",
         path: "proc/sys/kernel/unprivileged_bpf_disabled",
-        least: 1,
         remedy: "sysctl kernel.unprivileged_bpf_disabled=1",
     },
-    Setting {
-        name: "kernel log",
-        path: "proc/sys/kernel/dmesg_restrict",
-        least: 1,
-        remedy: "sysctl kernel.dmesg_restrict=1",
-    },
+    Setting { name: "kernel log", path: "proc/sys/kernel/dmesg_restrict", remedy: "sysctl kernel.dmesg_restrict=1" },
 ];
 
 /// The lines for the host whose file systems are below `host`; `run` is the folder of vmrun's state.
@@ -113,6 +104,9 @@ fn vulnerabilities(dir: &Path) -> Line {
 fn command_line(words: &str) -> Line {
     const NAME: &str = "command line";
     let weak: Vec<_> = words.split_whitespace().filter(|word| weakens(word)).collect();
+    if words.is_empty() {
+        return Line::warn(NAME, "no /proc/cmdline", "mount proc");
+    }
     if weak.is_empty() {
         return Line::pass(NAME, "switches no mitigation off");
     }
@@ -229,8 +223,8 @@ fn folder(run: &Path) -> Line {
 
 fn sysctl(setting: &Setting, value: &str) -> Line {
     match value.parse::<u64>() {
-        Ok(number) if number >= setting.least => Line::pass(setting.name, format!("{number}")),
-        Ok(number) => Line::warn(setting.name, format!("{number}"), setting.remedy),
+        Ok(0) => Line::warn(setting.name, "0", setting.remedy),
+        Ok(number) => Line::pass(setting.name, format!("{number}")),
         Err(_) => Line::warn(setting.name, format!("no /{}", setting.path), setting.remedy),
     }
 }
@@ -310,7 +304,7 @@ mod tests {
     #[test]
     fn a_host_that_tells_nothing_passes_nothing_that_matters() {
         let silent = told(&[]);
-        for name in ["cpu flaws", "threads", "paging", "nested", "huge pages", "ptrace"] {
+        for name in ["cpu flaws", "command line", "threads", "paging", "nested", "huge pages", "ptrace"] {
             assert!(silent.contains(&(name, true)), "{name}: {silent:?}");
         }
     }

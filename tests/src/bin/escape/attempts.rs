@@ -62,7 +62,7 @@ fn address(name: &[u8]) -> Vec<u8> {
 }
 
 fn connect(name: &[u8]) -> io::Result<i64> {
-    let (socket, address) = (socket(libc::AF_UNIX, libc::SOCK_STREAM)?, address(name));
+    let (socket, address) = (socket(libc::AF_UNIX, libc::SOCK_DGRAM)?, address(name));
     call(libc::SYS_connect, [socket, address.as_ptr().addr() as i64, address.len() as i64])
 }
 
