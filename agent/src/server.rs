@@ -145,6 +145,11 @@ impl Agent for Service {
         made(to_the_end(async move { containers.exec(request).await }).await)
     }
 
+    async fn run_exec(&self, _: &TtrpcContext, request: ExecRequest) -> ttrpc::Result<WaitReply> {
+        let containers = self.containers.clone();
+        to_the_end(async move { containers.run_exec(request).await }).await.map_err(|error| status(&error))
+    }
+
     async fn wait(&self, _: &TtrpcContext, request: ProcessRequest) -> ttrpc::Result<WaitReply> {
         self.containers.wait(&request.container_id, &request.exec_id).await.map_err(|e| status(&e))
     }

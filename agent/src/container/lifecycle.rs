@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use agent_api::message::{CreateContainerRequest, ExecRequest, Status, Stdio};
+use agent_api::message::{CreateContainerRequest, ExecRequest, Status, Stdio, WaitReply};
 use libcontainer::container::Container as Libcontainer;
 use oci_spec::runtime::Spec;
 
@@ -103,6 +103,16 @@ impl Containers {
         };
         bundle.remove_exec(&exec_id);
         self.end_exec(&container_id, &exec_id, made, oom_kills_before)
+    }
+
+    /// Starts another process, waits for its exit and forgets it.
+    pub(crate) async fn run_exec(&self, request: ExecRequest) -> Result<WaitReply, ContainerError> {
+        let (container_id, exec_id) = (request.container_id.clone(), request.exec_id.clone());
+        self.exec(request).await?;
+        let exit = self.exit_of(&container_id, &exec_id).await?;
+        // Not found: its container was deleted meanwhile.
+        let _ = self.delete(&container_id, &exec_id, false).await;
+        Ok(exit)
     }
 
     fn begin_exec(&self, container_id: &str, exec_id: &str) -> Result<(), ContainerError> {

@@ -12,7 +12,7 @@ use crate::text::escape;
 use crate::{CallError, ProcessId};
 
 /// Deadline of a call that only does work in the guest.
-const CALL_DEADLINE: Duration = Duration::from_secs(30);
+pub(crate) const CALL_DEADLINE: Duration = Duration::from_secs(30);
 /// Deadline of the farewell.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_millis(300);
 
@@ -43,6 +43,11 @@ impl AgentClient {
 
     pub(crate) async fn exec(&self, request: &message::ExecRequest) -> Result<(), CallError> {
         bounded("Exec", self.0.exec(context::with_duration(CALL_DEADLINE), request)).await.map(drop)
+    }
+
+    pub(crate) async fn run_exec(&self, request: &message::ExecRequest) -> Result<message::WaitReply, CallError> {
+        // A process runs as long as it likes.
+        self.0.run_exec(context::with_timeout(0), request).await.map_err(|error| translate("RunExec", error))
     }
 
     pub(crate) async fn wait(&self, id: &ProcessId) -> Result<message::WaitReply, CallError> {

@@ -14,6 +14,7 @@ pub mod artifacts;
 mod boot;
 mod copy;
 pub mod error;
+mod exec;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 pub mod network;
@@ -33,8 +34,9 @@ use agent_client::AgentClient;
 pub use boot::{BootRequest, BootTimes};
 pub use copy::Copying;
 pub use error::{BootError, CallError, ControlError};
+pub use exec::RunningExec;
 pub use streams::ProcessStreams;
-use streams::StreamTable;
+use streams::{STREAM_DEADLINE, StreamTable};
 pub use vmm_api::CachePolicy;
 pub use vmm_api::control::{Exit, ExitReason, State as VmState, Stats as VmmStats};
 pub use vmm_api::fds;
@@ -109,7 +111,7 @@ impl Sandbox {
             ..Default::default()
         };
         self.agent.create(&request).await?;
-        expected.streams().await
+        expected.streams(STREAM_DEADLINE).await
     }
 
     /// Lets the init process of a container run.
@@ -139,7 +141,7 @@ impl Sandbox {
             ..Default::default()
         };
         self.agent.exec(&request).await?;
-        expected.streams().await
+        expected.streams(STREAM_DEADLINE).await
     }
 
     /// Waits for a process to exit.

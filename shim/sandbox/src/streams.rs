@@ -14,7 +14,7 @@ use crate::vmm_process::accept;
 use crate::{CallError, WantedStreams, message};
 
 /// Time that the agent has to connect a stream after it answered, and to write its id.
-const STREAM_DEADLINE: Duration = Duration::from_secs(10);
+pub(crate) const STREAM_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Streams at once that have not said their id.
 const MAX_UNNAMED: usize = 64;
@@ -92,12 +92,12 @@ impl StreamTable {
 }
 
 impl Expected {
-    /// Waits for all of them.
-    pub(crate) async fn streams(self) -> Result<ProcessStreams, CallError> {
+    /// Waits for all of them, for each no longer than `deadline`.
+    pub(crate) async fn streams(self, deadline: Duration) -> Result<ProcessStreams, CallError> {
         Ok(ProcessStreams {
-            stdin: connected("stdin", self.stdin).await?,
-            stdout: connected("stdout", self.stdout).await?,
-            stderr: connected("stderr", self.stderr).await?,
+            stdin: connected("stdin", self.stdin, deadline).await?,
+            stdout: connected("stdout", self.stdout, deadline).await?,
+            stderr: connected("stderr", self.stderr, deadline).await?,
         })
     }
 }
@@ -126,11 +126,18 @@ impl Drop for Pending {
     }
 }
 
-async fn connected(stream: &'static str, pending: Option<Pending>) -> Result<Option<UnixStream>, CallError> {
+async fn connected(
+    stream: &'static str,
+    pending: Option<Pending>,
+    deadline: Duration,
+) -> Result<Option<UnixStream>, CallError> {
     let Some(mut pending) = pending else { return Ok(None) };
-    match tokio::time::timeout(STREAM_DEADLINE, &mut pending.receiver).await {
+    match tokio::time::timeout(deadline, &mut pending.receiver).await {
         Ok(Ok(socket)) => Ok(Some(socket)),
-        _ => Err(CallError::StreamMissing { stream, deadline_ms: 10_000 }),
+        _ => Err(CallError::StreamMissing {
+            stream,
+            deadline_ms: u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX),
+        }),
     }
 }
 

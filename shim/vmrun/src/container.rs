@@ -5,6 +5,7 @@
 
 use std::cell::Cell;
 use std::os::fd::OwnedFd;
+use std::pin::Pin;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
@@ -26,6 +27,9 @@ const REASON_DEADLINE: Duration = Duration::from_secs(2);
 const EXIT_KILLED: u8 = 128 + 9;
 /// Exit status of a command that was lost with its VM.
 const EXIT_LOST: u8 = 125;
+
+/// What the cause of a failed start follows.
+pub(crate) const CANNOT_START: &str = "cannot start the command";
 
 /// How a container ended.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -184,16 +188,31 @@ impl Container {
         self.sandbox.stats(&self.init.container_id).await
     }
 
-    /// Starts another process, which inherits what the request leaves open.
-    pub(crate) async fn exec(&self, exec_id: &str, request: &ExecRequest) -> Result<(ProcessId, ProcessStreams)> {
+    /// Starts another process, which inherits what the request leaves open. When it is one that somebody stays with, a refusal to
+    /// start it may also come in place of its exit.
+    pub(crate) async fn exec(&self, exec_id: &str, request: &ExecRequest) -> Result<Exec<'_>> {
         if self.paused.get() {
             bail!("the container is paused: unpause it first");
         }
         let process = exec_process::exec_process(&self.process, &self.tree, request)?;
         let id = ProcessId { container_id: self.init.container_id.clone(), exec_id: exec_id.to_owned() };
         let wanted = WantedStreams { stdin: request.stdin, output: !request.detach, terminal: request.terminal };
-        let streams = self.sandbox.exec(&id, &process, wanted).await.context("cannot start the command")?;
-        Ok((id, streams))
+        if request.detach {
+            // Without a stream, the answer alone says that it runs.
+            let streams = self.sandbox.exec(&id, &process, wanted).await.context(CANNOT_START)?;
+            let exit = Box::pin(self.wait_and_forget(id.clone()));
+            return Ok(Exec { id, streams, exit });
+        }
+        let running = self.sandbox.run_exec(&id, &process, wanted).await.context(CANNOT_START)?;
+        let (streams, exit) = running.into_parts();
+        Ok(Exec { id, streams, exit: Box::pin(exit) })
+    }
+
+    async fn wait_and_forget(&self, id: ProcessId) -> Result<message::WaitReply, CallError> {
+        let exit = self.sandbox.wait(&id).await;
+        // Nothing is left to forget when the VM is gone.
+        let _ = self.sandbox.delete(&id, true).await;
+        exit
     }
 
     /// Sets the size of the command's terminal.
@@ -201,6 +220,16 @@ impl Container {
         // The command may have ended, and then has no terminal.
         let _ = self.sandbox.resize(&self.init, rows, columns).await;
     }
+}
+
+pub(crate) type ExecExit<'a> = Pin<Box<dyn Future<Output = Result<message::WaitReply, CallError>> + 'a>>;
+
+/// A process that was started in a container.
+pub(crate) struct Exec<'a> {
+    pub(crate) id: ProcessId,
+    pub(crate) streams: ProcessStreams,
+    /// Waits for its exit, with which the agent forgets it.
+    pub(crate) exit: ExecExit<'a>,
 }
 
 fn ending(exit: &message::WaitReply) -> Ending {

@@ -18,7 +18,7 @@ use tokio::io::{AsyncBufReadExt as _, Interest, Lines};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
 
-use crate::container::Container;
+use crate::container::{CANNOT_START, Container, Exec, ExecExit};
 use crate::signals::SIGKILL;
 
 /// What can be asked of the owner.
@@ -209,7 +209,7 @@ async fn exec(
     exec_id: &str,
     request: &ExecRequest,
 ) -> Result<()> {
-    let (id, streams) = match container.exec(exec_id, request).await {
+    let Exec { id, streams, exit } = match container.exec(exec_id, request).await {
         Ok(started) => started,
         Err(error) => return answer(socket, &Answer::Failed(format!("{error:#}")), &[]).await,
     };
@@ -218,9 +218,7 @@ async fn exec(
     answer(socket, &Answer::Started, &borrowed).await?;
     drop(borrowed);
     drop(streams);
-    let outcome = attend(lines, container, &id).await;
-    // Nothing is left to forget when the VM is gone.
-    let _ = container.sandbox.delete(&id, true).await;
+    let outcome = attend(lines, container, &id, exit).await;
     answer(socket, &outcome, &[]).await
 }
 
@@ -246,9 +244,8 @@ async fn attend(
     lines: &mut Lines<tokio::io::BufReader<OwnedReadHalf>>,
     container: &Container,
     id: &ProcessId,
+    mut exit: ExecExit<'_>,
 ) -> Answer {
-    let exit = container.sandbox.wait(id);
-    tokio::pin!(exit);
     let mut client_is_there = true;
     let exit = loop {
         tokio::select! {
@@ -262,6 +259,7 @@ async fn attend(
     };
     match exit {
         Ok(exit) => Answer::Exited(u8::try_from(exit.exit_code).unwrap_or(u8::MAX)),
+        Err(refusal @ CallError::Refused { .. }) => Answer::Failed(format!("{CANNOT_START}: {refusal}")),
         Err(error) => Answer::Failed(error.to_string()),
     }
 }

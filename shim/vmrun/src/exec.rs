@@ -58,7 +58,10 @@ pub(crate) fn exec(root: &Path, args: ExecArgs) -> Result<u8> {
     drop(raw);
     match answer {
         Answer::Exited(code) => Ok(code),
-        Answer::Failed(cause) => bail!("{cause}"),
+        Answer::Failed(cause) => {
+            complain(&cause);
+            Ok(spec::start_failure_code(&cause))
+        }
         other => bail!("unexpected answer of the container's owner: {other:?}"),
     }
 }

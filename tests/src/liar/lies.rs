@@ -101,8 +101,9 @@ const WRONG: [(&str, Wrong); 17] = [
 /// Methods that `vmrun run` calls.
 const OF_RUN: [&str; 4] = ["Configure", "CreateContainer", "StartContainer", "Wait"];
 /// Methods that other commands call.
-const OF_DETACHED: [(&str, &[&str]); 5] = [
-    ("Exec", &["exec", "NAME", "true"]),
+const OF_DETACHED: [(&str, &[&str]); 6] = [
+    ("RunExec", &["exec", "NAME", "true"]),
+    ("Exec", &["exec", "--detach", "NAME", "true"]),
     ("Stats", &["stats", "--no-stream", "NAME"]),
     ("StatPath", &["cp", "NAME:/file", "copied"]),
     ("Pause", &["pause", "NAME"]),
