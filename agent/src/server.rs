@@ -2,9 +2,9 @@
 
 use agent_api::message::{
     CloseStdinRequest, ConfigureRequest, ContainerRequest, CopyRequest, CreateContainerRequest, DeleteRequest, Empty,
-    EventsReply, ExecRequest, ListProcessesReply, OnlineResourcesReply, PathRequest, PathStat, ProcessReply,
-    ProcessRequest, ResizeRequest, SetClockRequest, SetNetworkRequest, ShareRequest, SignalRequest, StateReply,
-    StatsReply, UpdateRequest, WaitReply,
+    EventsReply, ExecRequest, ListProcessesReply, MemoryVolumeRequest, OnlineResourcesReply, PathRequest, PathStat,
+    ProcessReply, ProcessRequest, ResizeRequest, SetClockRequest, SetNetworkRequest, ShareRequest, SignalRequest,
+    StateReply, StatsReply, UpdateRequest, WaitReply, WriteVolumeRequest,
 };
 use agent_api::service::{self, Agent};
 use agent_api::{CONTROL_PORT, HOST_CID};
@@ -22,7 +22,7 @@ use crate::events::Events;
 use crate::network::NetworkError;
 use crate::reaper::Reaper;
 use crate::share::ShareTag;
-use crate::{hotplug, network, sys};
+use crate::{copied_volume, hotplug, memory_volume, network, sys};
 
 /// Dials the host and serves until the connection ends.
 pub(crate) async fn serve() -> Result<()> {
@@ -220,6 +220,18 @@ impl Agent for Service {
 
     async fn remove_share(&self, _: &TtrpcContext, request: ShareRequest) -> ttrpc::Result<Empty> {
         share_tag(&request.tag)?.pull_out().map_err(|e| internal("unmount the share", &e))?;
+        Ok(Empty::new())
+    }
+
+    async fn add_memory_volume(&self, _: &TtrpcContext, request: MemoryVolumeRequest) -> ttrpc::Result<Empty> {
+        let volume = share_tag(&request.name)?;
+        memory_volume::add(&volume, &request).map_err(|e| internal("make the volume in memory", &e))?;
+        Ok(Empty::new())
+    }
+
+    async fn write_volume(&self, _: &TtrpcContext, request: WriteVolumeRequest) -> ttrpc::Result<Empty> {
+        let volume = share_tag(&request.name)?;
+        copied_volume::write(&volume, &request).map_err(|e| internal("write the volume", &e))?;
         Ok(Empty::new())
     }
 

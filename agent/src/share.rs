@@ -32,7 +32,7 @@ impl TryFrom<&str> for ShareTag {
 }
 
 impl ShareTag {
-    fn path(&self) -> PathBuf {
+    pub(crate) fn path(&self) -> PathBuf {
         PathBuf::from(SHARE_DIR).join(&self.0)
     }
 

@@ -5,8 +5,10 @@
 //! ```
 //! When the VM ends by itself, every process of the pod has ended with it.
 
+mod copied;
 mod create;
 mod lifecycle;
+mod memory;
 mod requests;
 mod sandbox;
 mod watch;
@@ -52,6 +54,10 @@ pub(crate) struct Pod {
     containers: Mutex<BTreeMap<String, Arc<Container>>>,
     /// Volumes in the guest: where, and in whose share.
     volumes: Mutex<HashMap<Volume, GuestVolume>>,
+    /// Volumes in the guest's memory, by their path on the host; the place of each is its name.
+    memory_volumes: Mutex<Vec<PathBuf>>,
+    /// Volumes that are copied into the guest, named in the same way.
+    copied_volumes: Mutex<Vec<PathBuf>>,
     settings: Mutex<Settings>,
     next_share: AtomicU32,
     next_exec_pid: AtomicU32,
@@ -87,6 +93,8 @@ impl Pod {
             ended: channel::Sender::new(None),
             containers: Mutex::default(),
             volumes: Mutex::default(),
+            memory_volumes: Mutex::default(),
+            copied_volumes: Mutex::default(),
             settings: Mutex::default(),
             next_share: AtomicU32::new(0),
             next_exec_pid: AtomicU32::new(FIRST_EXEC_PID),

@@ -18,6 +18,7 @@ pub use client::{Client, Process};
 pub use events::{Event, Events};
 pub use fifo::Streams;
 pub use packages::Release;
+use rustix::process::{Pid, Signal, kill_process};
 pub use spec::process;
 pub use tell::{Check, tell};
 
@@ -54,6 +55,7 @@ pub struct Containerd {
     room: Room,
     daemon: Option<Child>,
     boots: usize,
+    serves_sandboxes: bool,
     is_scrap: bool,
     chain: String,
     tokio: tokio::runtime::Runtime,
@@ -71,8 +73,16 @@ impl Containerd {
         fs::create_dir(room.path("net.d")).expect("a folder");
         fs::write(room.path("net.d/10-story.conflist"), config::NETWORK).expect("a network");
         let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-        let mut containerd =
-            Self { release, room, daemon: None, boots: 0, is_scrap: false, chain: String::new(), tokio };
+        let mut containerd = Self {
+            release,
+            room,
+            daemon: None,
+            boots: 0,
+            serves_sandboxes: false,
+            is_scrap: false,
+            chain: String::new(),
+            tokio,
+        };
         containerd.boot();
         containerd.chain = containerd.import_busybox();
         containerd
@@ -116,6 +126,25 @@ impl Containerd {
     #[must_use]
     pub fn processes(&self, program: &str) -> Vec<u32> {
         self.room.processes().into_iter().filter(|pid| room::program(*pid) == program).collect()
+    }
+
+    /// Sends a signal to the only process of a program.
+    ///
+    /// # Panics
+    /// When there is none, or more than one.
+    pub fn signal(&self, program: &str, signal: Signal) {
+        let found = self.processes(program);
+        assert_eq!(found.len(), 1, "one {program}: {found:?}");
+        let pid = i32::try_from(found[0]).ok().and_then(Pid::from_raw).expect("a process id");
+        kill_process(pid, signal).expect("it runs");
+    }
+
+    /// Sends a signal to every process of a program; there may be none any more.
+    pub fn signal_all(&self, program: &str, signal: Signal) {
+        for pid in self.processes(program) {
+            // It may have ended.
+            let _ = i32::try_from(pid).ok().and_then(Pid::from_raw).map(|pid| kill_process(pid, signal));
+        }
     }
 
     /// A command in this containerd's namespaces and cgroup, which finds its programs first.
@@ -188,6 +217,9 @@ impl Containerd {
     pub fn boot(&mut self) {
         let log = File::options().create(true).append(true).open(self.log()).expect("log");
         let mut command = self.command("containerd", &["--config", CONFIG]);
+        if self.serves_sandboxes {
+            command.env("ENABLE_CRI_SANDBOXES", "1");
+        }
         let streams = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         self.daemon = Some(streams.spawn().expect("containerd starts"));
         self.boots += 1;
@@ -196,6 +228,20 @@ impl Containerd {
             let text = fs::read_to_string(&log).expect("log");
             text.matches("containerd successfully booted").count() == self.boots
         });
+    }
+
+    /// Makes the CRI plugin use the Sandbox API where a handler asks for it. containerd 1.7 has that in a second CRI server, which a
+    /// variable of its environment turns on; containerd 2 has no other, and 1.6 none.
+    ///
+    /// # Panics
+    /// As [`Self::boot`].
+    pub fn serve_sandboxes(&mut self) {
+        assert_ne!(self.release, Release::Bookworm, "containerd 1.6 has no Sandbox API");
+        if self.release == Release::Trixie && !self.serves_sandboxes {
+            self.serves_sandboxes = true;
+            self.kill();
+            self.boot();
+        }
     }
 
     /// Where containerd and the runtimes log.
@@ -220,8 +266,7 @@ impl Containerd {
 
     fn stop(&mut self) {
         let Some(mut daemon) = self.daemon.take() else { return };
-        let pid = rustix::process::Pid::from_child(&daemon);
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("it runs");
+        kill_process(Pid::from_child(&daemon), Signal::TERM).expect("it runs");
         daemon.wait().expect("waited");
     }
 }

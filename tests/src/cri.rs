@@ -1,5 +1,6 @@
 //! The kubelet's side of the CRI: a client of containerd's CRI plugin, and pods as the kubelet describes them.
 
+use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -152,6 +153,29 @@ impl Cri {
         let request = PodSandboxStatusRequest { pod_sandbox_id: pod.id.clone(), verbose: false };
         let answer = self.runtime.pod_sandbox_status(limited(request)).await.expect("a status");
         answer.into_inner().status.expect("a status")
+    }
+
+    /// Waits until a pod is not ready, as the kubelet finds one that ended by itself.
+    ///
+    /// # Panics
+    /// When it is ready for too long.
+    pub async fn until_not_ready(&mut self, pod: &Pod) {
+        for _ in 0..100 {
+            if self.pod_status(pod).await.state == SANDBOX_NOTREADY {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        panic!("{} is still ready", pod.id);
+    }
+
+    /// What the runtime tells of a pod's sandbox, name by name.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub async fn pod_info(&mut self, pod: &Pod) -> HashMap<String, String> {
+        let request = PodSandboxStatusRequest { pod_sandbox_id: pod.id.clone(), verbose: true };
+        self.runtime.pod_sandbox_status(limited(request)).await.expect("a status").into_inner().info
     }
 
     /// Waits until a container has exited; returns its status.

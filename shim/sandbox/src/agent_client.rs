@@ -182,6 +182,16 @@ impl AgentClient {
         bounded("RemoveShare", self.0.remove_share(context::with_duration(CALL_DEADLINE), &request)).await.map(drop)
     }
 
+    pub(crate) async fn add_memory_volume(&self, request: &message::MemoryVolumeRequest) -> Result<(), CallError> {
+        let call = self.0.add_memory_volume(context::with_duration(CALL_DEADLINE), request);
+        bounded("AddMemoryVolume", call).await.map(drop)
+    }
+
+    pub(crate) async fn write_volume(&self, request: &message::WriteVolumeRequest) -> Result<(), CallError> {
+        let call = self.0.write_volume(context::with_duration(CALL_DEADLINE), request);
+        bounded("WriteVolume", call).await.map(drop)
+    }
+
     /// The guest may reset before it answers, so there is nothing to report.
     pub(crate) async fn shutdown(&self) {
         let request = message::Empty::new();

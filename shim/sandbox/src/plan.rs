@@ -17,7 +17,7 @@ pub const ROOTFS_TAG: &str = "rootfs";
 pub const VOLUMES_TAG: &str = "volumes";
 
 /// Where the guest has its shared memory, and a container that shares it.
-const GUEST_SHM: &str = "/dev/shm";
+pub const GUEST_SHM: &str = "/dev/shm";
 /// Path of the init in a container that has one.
 const CONTAINER_INIT: &str = "/dev/init";
 
@@ -128,6 +128,12 @@ pub fn vm_size(cpus: f64, container_memory_bytes: u64) -> Result<VmSize, PlanErr
     Ok(VmSize { vcpus, memory_mib })
 }
 
+/// Guest path of a volume in memory.
+#[must_use]
+pub fn guest_memory_volume(name: &str) -> PathBuf {
+    Path::new(SHARE_DIR).join(name)
+}
+
 /// Guest path of the container's root file system.
 #[must_use]
 pub fn guest_rootfs() -> PathBuf {
@@ -163,15 +169,15 @@ pub fn plan_container(
         let Some(source) = mount.source().clone() else {
             return Err(PlanError::NoSource { destination: mount.destination().clone() });
         };
+        let volume = Volume { source, read_only: options.iter().any(|o| o == "ro" || o == "rro") };
         if mount.destination() == Path::new(GUEST_SHM) {
             // Shared memory is between processes of one kernel: whatever the host has there, the guest has its own.
-            mount.set_source(Some(GUEST_SHM.into()));
+            mount.set_source(Some(in_guest.get(&volume).cloned().unwrap_or_else(|| GUEST_SHM.into())));
             continue;
         }
-        if is_forbidden(&source) {
-            return Err(PlanError::Forbidden { path: source });
+        if is_forbidden(&volume.source) {
+            return Err(PlanError::Forbidden { path: volume.source });
         }
-        let volume = Volume { source, read_only: options.iter().any(|o| o == "ro" || o == "rro") };
         let guest_path = in_guest.get(&volume).cloned().unwrap_or_else(|| {
             volumes.push(volume);
             tags.guest_volume(volumes.len() - 1)

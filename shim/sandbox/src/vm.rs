@@ -94,6 +94,23 @@ impl Sandbox {
         Ok(())
     }
 
+    /// Makes a file system in the guest's memory, below its folder of shares; what is there already stays as it is. It lasts as
+    /// long as the VM.
+    ///
+    /// # Errors
+    /// As [`Self::set_network`].
+    pub async fn add_memory_volume(&self, request: &message::MemoryVolumeRequest) -> Result<(), CallError> {
+        self.agent.add_memory_volume(request).await
+    }
+
+    /// Makes a file system as [`Self::add_memory_volume`] does, if it is not there, and makes it hold what the request lists.
+    ///
+    /// # Errors
+    /// As [`Self::set_network`].
+    pub async fn write_volume(&self, request: &message::WriteVolumeRequest) -> Result<(), CallError> {
+        self.agent.write_volume(request).await
+    }
+
     /// Takes a share away: the guest unmounts it first.
     ///
     /// # Errors

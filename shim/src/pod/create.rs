@@ -142,7 +142,14 @@ impl Pod {
         // Of a member the VM must be there; that is known before anything is made.
         let present = if request.role == Role::Member { Some(self.vm()?) } else { None };
         let ends = request.stdio.open(&self.namespace, &container.init.id).await?;
-        let Trees { spec, shares } = self.trees(container, request).await?;
+        let mut spec = request.spec.clone();
+        self.apply_sandbox(&mut spec, request.role)?;
+        let mut in_memory = HashMap::new();
+        if let Some(vm) = &present {
+            in_memory.extend(self.add_memory_volumes(vm, &spec).await?);
+            in_memory.extend(self.add_copied_volumes(vm, &spec).await?);
+        }
+        let Trees { spec, shares } = self.trees(container, request, spec, in_memory).await?;
         let vm = match present {
             Some(vm) => {
                 for (tag, tree, cache) in shares {
@@ -165,11 +172,16 @@ impl Pod {
     }
 
     /// Mounts what the container needs, off the threads that answer requests: a file system may be slow.
-    async fn trees(&self, container: &Arc<Container>, request: &CreateContainer) -> Result<Trees, TaskError> {
-        let mut spec = request.spec.clone();
-        self.apply_sandbox(&mut spec, request.role)?;
-        let known: HashMap<Volume, PathBuf> =
+    async fn trees(
+        &self,
+        container: &Arc<Container>,
+        request: &CreateContainer,
+        spec: Spec,
+        in_memory: HashMap<Volume, PathBuf>,
+    ) -> Result<Trees, TaskError> {
+        let mut known: HashMap<Volume, PathBuf> =
             self.volumes().iter().map(|(volume, at)| (volume.clone(), at.path.clone())).collect();
+        known.extend(in_memory);
         let planned = plan::plan_container(spec, &container.tags, &known)?;
         // Which of the known ones it uses is seen in the spec that came out.
         let sources: Vec<PathBuf> =

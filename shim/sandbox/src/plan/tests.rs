@@ -1,10 +1,11 @@
 //! Snapshots of plans, and each refusal.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 
 use oci_spec::runtime::{MountBuilder, Spec};
 
-use super::{PlanError, VmSize, Volume, plan, vm_size};
+use super::{PlanError, ShareTags, VmSize, Volume, guest_memory_volume, plan, plan_container, vm_size};
 
 fn spec_with_bind(source: &str, options: &[&str]) -> Spec {
     let mount = MountBuilder::default()
@@ -34,6 +35,20 @@ fn other_mounts_stay_as_they_are() {
     let planned = plan(spec.clone()).expect("plan");
     assert_eq!(planned.volumes, []);
     assert_eq!(planned.spec.mounts(), spec.mounts());
+}
+
+#[test]
+fn shared_memory_is_the_guests_unless_the_guest_has_a_volume_for_it() {
+    let mut spec = spec_with_bind("/run/pod/shm", &["rbind", "rw"]);
+    spec.mounts_mut().as_mut().expect("mounts")[0].set_destination("/dev/shm".into());
+    let source = |in_guest| {
+        let planned = plan_container(spec.clone(), &ShareTags::only(), &in_guest).expect("plan");
+        assert_eq!(planned.volumes, []);
+        planned.spec.mounts().clone().expect("mounts")[0].source().clone().expect("a source")
+    };
+    assert_eq!(source(HashMap::new()), PathBuf::from("/dev/shm"));
+    let volume = Volume { source: PathBuf::from("/run/pod/shm"), read_only: false };
+    assert_eq!(source(HashMap::from([(volume, guest_memory_volume("m0"))])), PathBuf::from("/run/share/m0"));
 }
 
 #[test]
