@@ -4,12 +4,12 @@
 //! Each tree is put together by a thread of its own in a private mount namespace, then cloned with open_tree(2). Read-only
 //! is a flag of the mount: nothing that a guest sends, and no fault of the VMM, can write through it.
 
+mod mount_table;
 mod mounts;
 
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Component, Path, PathBuf};
 use std::thread;
@@ -23,6 +23,7 @@ use rustix::mount::{
 
 use crate::BootError;
 use crate::plan::Volume;
+pub use mount_table::{Mounted, mount_table};
 pub use mounts::HostMount;
 
 /// The root file system of a container.
@@ -138,38 +139,12 @@ fn mount_volumes(volumes: &[Volume], scratch: &Path) -> io::Result<OwnedFd> {
 /// No device of the host is ever reached through a share, and read-only holds for every mount below `target` too.
 fn restrict(target: &Path, read_only: bool) -> io::Result<()> {
     let read_only = if read_only { MountFlags::RDONLY } else { MountFlags::empty() };
-    for mount_point in mount_points(&fs::read("/proc/thread-self/mountinfo")?) {
+    for Mounted { mount_point, .. } in mount_table()? {
         if mount_point.starts_with(target) {
             mount_remount(mount_point.as_path(), MountFlags::BIND | MountFlags::NODEV | read_only, "")?;
         }
     }
     Ok(())
-}
-
-/// Where mountinfo (proc_pid_mountinfo(5)) says that something is mounted: its fifth field.
-fn mount_points(mountinfo: &[u8]) -> Vec<PathBuf> {
-    let lines = mountinfo.split(|byte| *byte == b'\n');
-    lines.filter_map(|line| line.split(|byte| *byte == b' ').nth(4)).map(unescape_octal).collect()
-}
-
-/// Blanks, tabs, line ends and backslashes of a path are written as a backslash and three octal digits.
-fn unescape_octal(field: &[u8]) -> PathBuf {
-    let mut bytes = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let Some((first, tail)) = rest.split_first() {
-        let digits = tail.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
-        match digits.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
-            Some(byte) if *first == b'\\' => {
-                bytes.push(byte);
-                rest = &tail[3..];
-            }
-            _ => {
-                bytes.push(*first);
-                rest = tail;
-            }
-        }
-    }
-    PathBuf::from(std::ffi::OsString::from_vec(bytes))
 }
 
 fn clone_tree(path: &Path) -> io::Result<OwnedFd> {
@@ -240,9 +215,9 @@ pub fn open_in_tree(tree: &OwnedFd, path: &str) -> io::Result<File> {
 mod tests {
     use std::fs;
     use std::os::fd::OwnedFd;
-    use std::path::{Path, PathBuf};
+    use std::path::Path;
 
-    use super::{make_dirs_in_tree, mount_points};
+    use super::make_dirs_in_tree;
 
     #[test]
     fn directories_are_made_below_the_tree_only() {
@@ -259,12 +234,5 @@ mod tests {
         make_dirs_in_tree(&tree, Path::new("/out/a")).expect_err("a link to nothing");
         make_dirs_in_tree(&tree, Path::new("/../out")).expect_err("a way out");
         assert!(!dir.path().join("out").exists());
-    }
-
-    #[test]
-    fn mount_points_are_read_with_their_blanks() {
-        let mountinfo =
-            b"36 35 98:0 /mnt1 /a\\040b\\134 rw,noatime master:1 - ext3 /dev/root rw\n37 36 0:1 / /c ro - tmpfs t rw\n";
-        assert_eq!(mount_points(mountinfo), [PathBuf::from("/a b\\"), PathBuf::from("/c")]);
     }
 }

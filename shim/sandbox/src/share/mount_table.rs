@@ -1,0 +1,95 @@
+//! What is mounted where in our mount namespace, as mountinfo (proc_pid_mountinfo(5)) has it.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStringExt as _;
+use std::path::PathBuf;
+
+/// A mount, or a part of one that is mounted elsewhere too.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Mounted {
+    /// Major and minor number of the file system, as `0:42`.
+    pub device: String,
+    /// What of the file system is mounted: a path in it.
+    pub root: PathBuf,
+    /// Where it is.
+    pub mount_point: PathBuf,
+    /// Type of the file system.
+    pub fstype: String,
+}
+
+/// Every mount that this thread sees, each after the one that it is mounted on.
+///
+/// # Errors
+/// When the kernel does not tell.
+pub fn mount_table() -> io::Result<Vec<Mounted>> {
+    Ok(parse(&fs::read("/proc/thread-self/mountinfo")?))
+}
+
+/// A line that is not one is left out; the kernel writes none.
+fn parse(mountinfo: &[u8]) -> Vec<Mounted> {
+    mountinfo.split(|byte| *byte == b'\n').filter_map(parse_line).collect()
+}
+
+fn parse_line(line: &[u8]) -> Option<Mounted> {
+    let fields: Vec<&[u8]> = line.split(|byte| *byte == b' ').collect();
+    // A variable number of optional fields ends with a dash, which the type follows.
+    let dash = fields.iter().skip(6).position(|field| *field == b"-")? + 6;
+    let text = |field: &[u8]| String::from_utf8_lossy(field).into_owned();
+    Some(Mounted {
+        device: text(fields.get(2)?),
+        root: unescape_octal(fields.get(3)?),
+        mount_point: unescape_octal(fields.get(4)?),
+        fstype: text(fields.get(dash + 1)?),
+    })
+}
+
+/// Blanks, tabs, line ends and backslashes of a path are written as a backslash and three octal digits.
+fn unescape_octal(field: &[u8]) -> PathBuf {
+    let mut bytes = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((first, tail)) = rest.split_first() {
+        let digits = tail.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
+        match digits.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            Some(byte) if *first == b'\\' => {
+                bytes.push(byte);
+                rest = &tail[3..];
+            }
+            _ => {
+                bytes.push(*first);
+                rest = tail;
+            }
+        }
+    }
+    PathBuf::from(OsString::from_vec(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use proptest::prelude::{any, proptest};
+
+    use super::{Mounted, parse};
+
+    #[test]
+    fn mounts_are_read_with_their_blanks() {
+        let mountinfo = b"36 35 98:0 /mnt1 /a\\040b\\134 rw,noatime master:1 - ext3 /dev/root rw\n\
+            37 36 0:41 / /c ro - tmpfs t rw\n";
+        let mounted = |device: &str, root: &str, mount_point: &str, fstype: &str| Mounted {
+            device: device.to_owned(),
+            root: PathBuf::from(root),
+            mount_point: PathBuf::from(mount_point),
+            fstype: fstype.to_owned(),
+        };
+        assert_eq!(parse(mountinfo), [mounted("98:0", "/mnt1", "/a b\\", "ext3"), mounted("0:41", "/", "/c", "tmpfs")]);
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_makes_it_panic(mountinfo in any::<Vec<u8>>()) {
+            let _ = parse(&mountinfo);
+        }
+    }
+}
