@@ -66,7 +66,7 @@ fn put_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
         }
         // A reader has the old one or the new one, and neither in part.
         Ok(_) => {
-            let temporary = beside(path);
+            let temporary = beside(path)?;
             fs::write(&temporary, bytes)?;
             fs::rename(temporary, path)
         }
@@ -82,7 +82,7 @@ fn put_link(path: &Path, target: &str) -> io::Result<()> {
             symlink(target, path)
         }
         Ok(_) => {
-            let temporary = beside(path);
+            let temporary = beside(path)?;
             symlink(target, &temporary)?;
             fs::rename(temporary, path)
         }
@@ -90,10 +90,15 @@ fn put_link(path: &Path, target: &str) -> io::Result<()> {
     }
 }
 
-fn beside(path: &Path) -> PathBuf {
+/// A free name beside a path. What has it is of a write that failed, or of the kubelet in the middle of a swap.
+fn beside(path: &Path) -> io::Result<PathBuf> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(TEMPORARY);
-    path.with_file_name(name)
+    let path = path.with_file_name(name);
+    match fs::remove_file(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(path),
+    }
 }
 
 fn remove_others(folder: &Path, wanted: &HashSet<PathBuf>) -> io::Result<()> {

@@ -38,7 +38,7 @@ pub(crate) fn add(volume: &ShareTag, request: &MemoryVolumeRequest) -> io::Resul
 fn create(root: &Path, request: &MemoryVolumeRequest) -> io::Result<()> {
     fs::create_dir_all(root)?;
     let flags = MountFlags::NODEV | MountFlags::NOSUID;
-    let size = if request.size_bytes == 0 { "50%".to_owned() } else { bounded(request.size_bytes)?.to_string() };
+    let size = if request.size_bytes == 0 { "50%".to_owned() } else { bounded(request.size_bytes).to_string() };
     let mounted = CString::new(format!("size={size}"))
         .map_err(io::Error::from)
         .and_then(|options| Ok(mount("memory", root, "tmpfs", flags, Some(options.as_c_str()))?));
@@ -51,11 +51,11 @@ fn create(root: &Path, request: &MemoryVolumeRequest) -> io::Result<()> {
 }
 
 /// A file system that is larger than the memory would be the end of the guest, not of whoever fills it.
-fn bounded(size_bytes: u64) -> io::Result<u64> {
+fn bounded(size_bytes: u64) -> u64 {
     let info = rustix::system::sysinfo();
     let unit = u64::from(info.mem_unit.max(1));
-    let memory_bytes = u64::try_from(info.totalram).map_err(io::Error::other)?.saturating_mul(unit);
-    Ok(size_bytes.min(memory_bytes))
+    let memory_bytes = info.totalram.saturating_mul(unit);
+    size_bytes.min(memory_bytes)
 }
 
 pub(crate) fn own(path: &Path, ownership: &Ownership) -> io::Result<()> {

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use k8s_cri::v1::{LinuxContainerResources, NamespaceMode, PortMapping, Protocol};
@@ -30,30 +29,41 @@ const SANDBOX_CHECKS: &[Check] = checks![
 ];
 
 /// How often a container crashes.
-const CRASHES: u32 = 6;
+const CRASHES: u32 = 3;
+/// What runs in the container that watches a volume: a Python of the host, which says the name of what was moved to the volume.
+const WATCH: &str = r#"
+lib=/host/lib/x86_64-linux-gnu
+PYTHONHOME=/host exec $lib/ld-linux-x86-64.so.2 --library-path $lib /host/bin/python3 -SBc '
+import ctypes, os
+libc = ctypes.CDLL(None)
+fd = libc.inotify_init1(0)
+libc.inotify_add_watch(fd, b"/settings", 0x80)
+while True:
+    print(os.read(fd, 4096)[16:].split(b"\0")[0].decode(), flush=True)'
+"#;
 const CURL: &str = "curl --silent --show-error --globoff --max-time 60";
 const WAIT: &str = "echo up; trap 'exit 0' TERM; while true; do sleep 0.2; done";
 
+/// What depends most on the release. The rest is told to one, for the time that it takes.
+const SHORT_CHECKS: &[Check] = checks![
+    a_pod_has_its_name_its_resolver_and_its_sysctls,
+    volumes_are_those_of_kubernetes,
+    volumes_in_memory_are_memory_of_the_guest,
+];
+
 #[test]
 fn bookworm() {
-    tell_alone(Release::Bookworm, CHECKS);
+    tell(Release::Bookworm, SHORT_CHECKS);
 }
 
 #[test]
 fn trixie() {
-    tell_alone(Release::Trixie, &[CHECKS, SANDBOX_CHECKS].concat());
+    tell(Release::Trixie, &[CHECKS, SANDBOX_CHECKS].concat());
 }
 
 #[test]
 fn sid() {
-    tell_alone(Release::Sid, &[CHECKS, SANDBOX_CHECKS].concat());
-}
-
-/// One release after the other: ten containers of a pod beside another pod are more than the emulated host survives.
-fn tell_alone(release: Release, checks: &[Check]) {
-    static ALONE: Mutex<()> = Mutex::new(());
-    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    tell(release, checks);
+    tell(Release::Sid, &[SHORT_CHECKS, SANDBOX_CHECKS].concat());
 }
 
 /// The handler of the stories' runtime.
@@ -237,14 +247,14 @@ fn a_swap_of_a_volume_is_told_to_who_watches_it(containerd: &mut Containerd) {
         let pod = cri.run_pod(cri.pod_config("story-pod"), handler()).await.expect("a pod");
         let volumes = containerd.path("volumes");
         let mut settings = ConfigVolume::create(volumes.join("kubernetes.io~configmap/settings"), "key", "old");
-        let mut watcher = container("watcher", "exec inotifyd - /settings:y");
-        watcher.mounts = vec![mount(settings.path(), "/settings", true)];
+        let mut watcher = container("watcher", WATCH);
+        watcher.mounts = vec![mount(settings.path(), "/settings", true), mount(Path::new("/usr"), "/host", true)];
         let watcher = cri.start(&pod, watcher).await.expect("started");
         assert_eq!(cri.shell(&watcher, "cat /settings/key").await, "old");
         // The first swaps may come before it watches.
         let is_told = becomes_true(Duration::from_secs(60), || {
             settings.update("key", "new");
-            pod.log("watcher").contains("/settings\t..data")
+            pod.log("watcher").contains("..data")
         });
         assert!(is_told, "inotify tells nothing: {:?}", pod.log("watcher"));
         settings.update("key", "last");

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use oci_spec::runtime::{Mount, MountBuilder, Spec};
+use sandbox::plan::GUEST_SHM;
 
 use super::Pod;
 use crate::cri::{self, Limits, Role};
@@ -79,7 +80,8 @@ impl Pod {
         self.shutdown.notify_one();
     }
 
-    /// Gives a container what its pod has: kernel parameters, and the files of its name and resolver where the spec has no file.
+    /// Gives a container what its pod has: kernel parameters, shared memory, and the files of its name and resolver where the spec has no
+    /// file.
     pub(super) fn apply_sandbox(&self, spec: &mut Spec, role: Role) -> Result<(), TaskError> {
         if role != Role::Member {
             return Ok(());
@@ -111,6 +113,12 @@ impl Pod {
                 Some(mount) => _ = mount.set_source(Some(source)),
                 None => mounts.push(bind(source, &destination)?),
             }
+        }
+        // The CRI plugin of containerd 2 leaves it to the sandboxer that a pod's containers have it in common.
+        let own_shm =
+            |mount: &&mut Mount| mount.destination() == Path::new(GUEST_SHM) && mount.typ().as_deref() == Some("tmpfs");
+        if let Some(shm) = mounts.iter_mut().find(own_shm) {
+            *shm = bind(self.bundle.join("shm"), Path::new(GUEST_SHM))?;
         }
         spec.set_mounts(Some(mounts));
         Ok(())
