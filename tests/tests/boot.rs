@@ -130,6 +130,23 @@ fn eight_cpus_are_one_package_of_eight_cores_and_the_clock_is_kvms() {
 }
 
 #[test]
+fn kernel_and_image_lie_in_large_pages_by_the_policy_of_the_host() {
+    const POLICY: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
+    let story = Story::new();
+    let before = fs::read_to_string(POLICY).expect("a policy");
+    let chosen = |text: &str| text.split(['[', ']']).nth(1).expect("one is chosen").to_owned();
+    fs::write(POLICY, "madvise").expect("the policy is set");
+    story.detach("one", &[], &["sleep", "1000"]);
+    fs::write(POLICY, chosen(&before)).expect("the policy is set back");
+    let smaps = format!("/proc/{}/smaps", story.inspect("one")["State"]["Pid"]);
+    let smaps = fs::read_to_string(smaps).expect("its memory");
+    let of_shmem = smaps.lines().filter_map(|line| line.strip_prefix("ShmemPmdMapped:"));
+    let kib: u64 = of_shmem.map(|size| size.trim().trim_end_matches(" kB").parse::<u64>().expect("a size")).sum();
+    assert!(kib >= 10 << 10, "{kib} KiB are in large pages");
+    let _ = story.call(&["rm", "--force", "one"]).success();
+}
+
+#[test]
 fn vcpus_beyond_the_first_ones_are_present_but_do_not_start() {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let console = File::create(dir.path().join("console")).expect("a file");

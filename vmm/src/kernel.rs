@@ -11,7 +11,7 @@ use vm_memory::{Address as _, Bytes as _, GuestAddress, GuestMemory as _, GuestM
 use vmm_api::VmConfig;
 
 use crate::arch::layout::{COMMAND_LINE, COMMAND_LINE_MAX, HIMEM_START, KERNEL_START};
-use crate::memory;
+use crate::memory::Backing;
 use crate::virtio::GuestMemory;
 
 /// Why a kernel cannot be booted.
@@ -56,9 +56,9 @@ const COMMAND_LINE_CONSOLE: &str = "console=ttyS0 8250.nr_uarts=1 earlycon=uart8
 ///
 /// # Errors
 /// [`KernelError::Load`] and [`KernelError::NoPvh`].
-pub fn load_kernel(memory: &GuestMemory, kernel: OwnedFd) -> Result<(u64, u64), KernelError> {
+pub fn load_kernel(memory: &GuestMemory, kernel: OwnedFd, backing: Backing) -> Result<(u64, u64), KernelError> {
     let mut file = File::from(kernel);
-    memory::back_with_large_pages(memory, KERNEL_START, file.metadata().map_err(KernelError::Read)?.len());
+    backing.prepare(memory, KERNEL_START, file.metadata().map_err(KernelError::Read)?.len());
     let KernelLoaderResult { kernel_end, pvh_boot_cap, .. } =
         Elf::load(memory, None, &mut file, Some(GuestAddress(HIMEM_START))).map_err(KernelError::Load)?;
     match pvh_boot_cap {
@@ -71,7 +71,12 @@ pub fn load_kernel(memory: &GuestMemory, kernel: OwnedFd) -> Result<(u64, u64), 
 ///
 /// # Errors
 /// [`KernelError::Read`] and [`KernelError::InitramfsTooLarge`].
-pub fn load_initramfs(memory: &GuestMemory, initramfs: OwnedFd, kernel_end: u64) -> Result<(u64, u64), KernelError> {
+pub fn load_initramfs(
+    memory: &GuestMemory,
+    initramfs: OwnedFd,
+    kernel_end: u64,
+    backing: Backing,
+) -> Result<(u64, u64), KernelError> {
     let mut file = File::from(initramfs);
     let size = file.metadata().map_err(KernelError::Read)?.len();
     // The caller may have read it before.
@@ -82,7 +87,7 @@ pub fn load_initramfs(memory: &GuestMemory, initramfs: OwnedFd, kernel_end: u64)
     let (Some(address), Ok(len)) = (address, usize::try_from(size)) else {
         return Err(KernelError::InitramfsTooLarge { size });
     };
-    memory::back_with_large_pages(memory, address, size);
+    backing.prepare(memory, address, size);
     memory
         .read_exact_volatile_from(GuestAddress(address), &mut file, len)
         .map_err(|error| KernelError::Read(io::Error::other(error)))?;
@@ -119,7 +124,7 @@ mod tests {
 
     use vmm_api::{Fd, VmConfig};
 
-    use super::{COMMAND_LINE_MAX, KernelError, command_line, load_initramfs, load_kernel};
+    use super::{Backing, COMMAND_LINE_MAX, KernelError, command_line, load_initramfs, load_kernel};
 
     fn config(vcpus: u8, boot_vcpus: u8, cmdline: String) -> VmConfig {
         VmConfig {
@@ -128,6 +133,7 @@ mod tests {
             vcpus,
             boot_vcpus,
             memory_mib: 64,
+            cgroup: None,
             kernel: Fd(3),
             initramfs: None,
             cmdline,
@@ -164,7 +170,7 @@ mod tests {
     #[test]
     fn what_is_no_kernel_is_refused() {
         let memory = crate::memory::create(64).expect("memory");
-        let refused = |bytes: &[u8]| load_kernel(&memory, file(bytes).into()).expect_err("refused");
+        let refused = |bytes: &[u8]| load_kernel(&memory, file(bytes).into(), Backing::Small).expect_err("refused");
         assert!(matches!(refused(b""), KernelError::Load(_)));
         assert!(matches!(refused(&[0x1f, 0x8b, 8, 0]), KernelError::Load(_)));
         assert!(matches!(refused(&[0x7f; 4096]), KernelError::Load(_)));
@@ -173,9 +179,10 @@ mod tests {
     #[test]
     fn an_initramfs_lies_at_the_top_of_low_ram_or_is_too_large() {
         let memory = crate::memory::create(64).expect("memory");
-        let (address, size) = load_initramfs(&memory, file(&[1; 5000]).into(), 0x10_0000).expect("loaded");
+        let (address, size) =
+            load_initramfs(&memory, file(&[1; 5000]).into(), 0x10_0000, Backing::Small).expect("loaded");
         assert_eq!((address, size), ((64 << 20) - 8192, 5000));
-        let error = load_initramfs(&memory, file(&[1; 5000]).into(), 64 << 20).expect_err("no room");
+        let error = load_initramfs(&memory, file(&[1; 5000]).into(), 64 << 20, Backing::Small).expect_err("no room");
         assert!(matches!(error, KernelError::InitramfsTooLarge { size: 5000 }));
     }
 }

@@ -26,7 +26,7 @@ use crate::kernel::{self, KernelError};
 use crate::kvm::{self, KvmError};
 use crate::legacy::i8042::{self, I8042};
 use crate::legacy::serial::{self, ConsoleTail, SerialConsole};
-use crate::memory::{self, MemoryError};
+use crate::memory::{self, Backing, MemoryError};
 use crate::networks::{NetworkError, Networks};
 use crate::signals;
 use crate::vcpu::{Buses, Vcpus};
@@ -109,7 +109,7 @@ impl Machine {
     ///
     /// # Errors
     /// Each variant of [`BuildError`].
-    pub fn build(config: &VmConfig, fds: &mut InheritedFds, jail: Jail) -> Result<Self, BuildError> {
+    pub fn build(config: &VmConfig, fds: &mut InheritedFds, jail: Jail, backing: Backing) -> Result<Self, BuildError> {
         check(config)?;
         let host = |action| move |source| BuildError::Host { action, source };
         let mut take = |what, fd| fds.take(fd).map_err(|source| BuildError::Inherited { what, source });
@@ -124,9 +124,9 @@ impl Machine {
         let kvm = kvm::open(config.kvm.map(|fd| take("KVM", fd)).transpose()?)?;
         let memory = memory::create(config.memory_mib)?;
         let vm = kvm::create_vm(&kvm, &memory)?;
-        let (entry, kernel_end) = kernel::load_kernel(&memory, take("the kernel", config.kernel)?)?;
+        let (entry, kernel_end) = kernel::load_kernel(&memory, take("the kernel", config.kernel)?, backing)?;
         let initramfs = match config.initramfs {
-            Some(fd) => Some(kernel::load_initramfs(&memory, take("the initramfs", fd)?, kernel_end)?),
+            Some(fd) => Some(kernel::load_initramfs(&memory, take("the initramfs", fd)?, kernel_end, backing)?),
             None => None,
         };
         kernel::write_command_line(&memory, config)?;

@@ -4,7 +4,7 @@
 //! and loading it faults as rarely. Instead of: large pages for all of RAM, which would make a guest that touches little use much.
 #![expect(unsafe_code, reason = "a mapping at an address of our choice, and advice about it")]
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::ptr;
 use std::sync::Arc;
@@ -68,8 +68,33 @@ pub fn create(size_mib: u32) -> Result<Arc<GuestMemory>, MemoryError> {
     Ok(Arc::new(GuestMemory::from_regions(mapped)?))
 }
 
-/// Has the host make large pages of what is about to be loaded at `start`. Only a hint: without them it takes small ones.
-pub fn back_with_large_pages(memory: &GuestMemory, start: u64, len: u64) {
+/// Pages of the host under what is loaded at boot.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Backing {
+    /// Of 4 KiB.
+    #[default]
+    Small,
+    /// Of 2 MiB where the host has them.
+    Large,
+}
+
+impl Backing {
+    /// What the host's policy of transparent huge pages says: whoever switched them off had a reason.
+    #[must_use]
+    pub fn of_host() -> Self {
+        let policy = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
+        if policy.is_ok_and(|policy| !policy.contains("[never]")) { Self::Large } else { Self::Small }
+    }
+
+    /// Has the host make these pages of what is about to be loaded at `start`. Only a hint.
+    pub fn prepare(self, memory: &GuestMemory, start: u64, len: u64) {
+        if self == Self::Large {
+            collapse(memory, start, len);
+        }
+    }
+}
+
+fn collapse(memory: &GuestMemory, start: u64, len: u64) {
     let size = LARGE_PAGE as u64;
     let first = start / size * size;
     let mut last = (start + len).next_multiple_of(size);
