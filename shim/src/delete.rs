@@ -8,23 +8,19 @@ use std::fs;
 use std::io::{self, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::SystemTime;
 
 use anyhow::{Context as _, Result};
 use containerd_shim_protos::api::DeleteResponse;
 use protobuf::Message as _;
 use rustix::mount::{UnmountFlags, unmount};
+use sandbox::cgroup::HostCgroup;
 
 use crate::arguments::Arguments;
-use crate::cgroup::HostCgroup;
 use crate::record::Record;
 
 /// Exit status of a container whose server was killed, as with runc's shim.
 const EXIT_KILLED: u32 = 128 + 9;
-/// Time that killed processes have to leave their cgroup, and between two looks.
-const EMPTY_DEADLINE: Duration = Duration::from_secs(2);
-const EMPTY_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Removes it all and says how the container ended.
 pub(crate) fn delete(arguments: &Arguments) -> Result<()> {
@@ -34,7 +30,7 @@ pub(crate) fn delete(arguments: &Arguments) -> Result<()> {
         process.kill().with_context(|| format!("cannot kill the process {}", process.pid))?;
     }
     if let Some(cgroup) = record.as_ref().and_then(|record| record.cgroup.clone()) {
-        remove_cgroup(&HostCgroup::at(cgroup));
+        HostCgroup::at(cgroup).remove_when_empty();
     }
     remove_socket(&bundle);
     // Ours are not here; whoever mounted it wants it gone.
@@ -46,17 +42,6 @@ pub(crate) fn delete(arguments: &Arguments) -> Result<()> {
         ..Default::default()
     };
     io::stdout().write_all(&response.write_to_bytes()?).context("cannot answer")
-}
-
-/// A killed process leaves its cgroup a moment later.
-fn remove_cgroup(cgroup: &HostCgroup) {
-    let deadline = Instant::now() + EMPTY_DEADLINE;
-    let is_populated =
-        || fs::read_to_string(cgroup.path().join("cgroup.events")).is_ok_and(|e| e.contains("populated 1"));
-    while is_populated() && Instant::now() < deadline {
-        thread::sleep(EMPTY_INTERVAL);
-    }
-    cgroup.remove();
 }
 
 /// The socket of a server that does not answer. That of a pod whose server lives stays.

@@ -5,7 +5,6 @@
 
 mod arguments;
 mod bootstrap;
-mod cgroup;
 mod config;
 mod container;
 mod cri;

@@ -7,12 +7,12 @@ use std::time::{Duration, SystemTime};
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use sandbox::artifacts::Artifacts;
+use sandbox::cgroup::HostCgroup;
 use sandbox::network::pod::{PodOptions, attach};
 use sandbox::network::{Network, Policy};
 use sandbox::plan::VmSize;
 use sandbox::{BootRequest, CachePolicy, Sandbox};
 
-use crate::cgroup::HostCgroup;
 use crate::config::Config;
 use crate::error::TaskError;
 use crate::record::Record;
@@ -59,16 +59,31 @@ impl Vm {
         let artifacts = Artifacts::find()?;
         let network = join(place.netns, size.vcpus).await?;
         let address = network.first_address().map(str::to_owned);
-        let sandbox = Sandbox::boot(BootRequest {
+        let cgroup = place.cgroups_path.and_then(join_cgroup);
+        let cgroup_path = cgroup.as_ref().map(|(cgroup, _)| cgroup.path().to_owned());
+        let write_down = |pid| -> std::io::Result<()> {
+            let record = Record { cgroup: cgroup_path.clone(), ..Record::of(pid)? };
+            record.write(place.bundle)
+        };
+        write_down(None).map_err(TaskError::host("write down the pod's cgroup"))?;
+        let (cgroup, procs) = cgroup.unzip();
+        let booted = Sandbox::boot(BootRequest {
             name: name.to_owned(),
             size,
             network,
             shares,
+            cgroup: procs,
             console: None,
             artifacts,
             deadline: config.vm.boot_deadline(),
         })
-        .await?;
+        .await;
+        let sandbox = booted.inspect_err(|_| {
+            // Nobody else removes it: there is no VM whose end would. The VMM may be about to end.
+            if let Some(cgroup) = cgroup.clone() {
+                tokio::task::spawn_blocking(move || cgroup.remove_when_empty());
+            }
+        })?;
         let pid = sandbox.vmm_pid();
         let identify = || -> std::io::Result<OwnedFd> {
             let raw = i32::try_from(pid).ok().and_then(Pid::from_raw);
@@ -77,20 +92,8 @@ impl Vm {
             let _ = std::fs::write(format!("/proc/{pid}/oom_score_adj"), "0");
             Ok(pidfd)
         };
-        let cgroup = place.cgroups_path.and_then(|path| match HostCgroup::create(path, pid) {
-            Ok(cgroup) => Some(cgroup),
-            Err(error) => {
-                tracing::warn!(%error, path = %path.display(), "the VMM stays in the cgroup of its starter");
-                None
-            }
-        });
-        let write_down = || {
-            let mut record = Record::of(Some(pid))?;
-            record.cgroup = cgroup.as_ref().map(|cgroup| cgroup.path().to_owned());
-            record.write(place.bundle)?;
-            identify()
-        };
-        let pidfd = write_down().map_err(TaskError::host("write down the VMM's process"))?;
+        let pidfd = write_down(Some(pid)).and_then(|()| identify());
+        let pidfd = pidfd.map_err(TaskError::host("write down the VMM's process"))?;
         let times = sandbox.times();
         tracing::info!(
             pid,
@@ -136,6 +139,20 @@ impl Vm {
     pub(crate) fn end_asked(&self) -> bool {
         self.end_asked.load(Ordering::Relaxed)
     }
+}
+
+/// Makes the pod's cgroup for the VMM to join. A host without cgroup v2 at the usual place has none.
+fn join_cgroup(path: &Path) -> Option<(HostCgroup, OwnedFd)> {
+    let joined = HostCgroup::create(path).and_then(|cgroup| {
+        let procs = cgroup.procs()?;
+        Ok((cgroup, procs))
+    });
+    joined
+        .inspect_err(|error| {
+            let error = error as &dyn std::error::Error;
+            tracing::warn!(error, path = %path.display(), "the VMM stays in the cgroup of its starter");
+        })
+        .ok()
 }
 
 /// Joins the interfaces of a network namespace to a VM that is yet to be booted, off the threads that answer requests.

@@ -13,6 +13,7 @@ use vmm::control::report_exit;
 use vmm::inherited::InheritedFds;
 use vmm::jail::Jail;
 use vmm::machine::Machine;
+use vmm::memory::Backing;
 use vmm_api::control::{Exit, Message, Reply, Request};
 use vmm_api::{Fd, VmConfig};
 
@@ -47,7 +48,8 @@ impl Vm {
     pub fn of(config: &VmConfig) -> Self {
         let (control, theirs) = UnixStream::pair().expect("a socket pair");
         theirs.set_nonblocking(true).expect("a socket");
-        let machine = Machine::build(config, &mut InheritedFds::default(), Jail::default()).expect("a machine");
+        let machine = Machine::build(config, &mut InheritedFds::default(), Jail::default(), Backing::default())
+            .expect("a machine");
         let thread = thread::spawn(move || report_exit(&theirs, machine.run(&theirs).expect("the VM runs")));
         let messages = BufReader::new(control.try_clone().expect("a socket"));
         Self { control, messages, thread }
@@ -95,6 +97,7 @@ pub fn config(kernel: Fd) -> VmConfig {
         kvm: None,
         vcpus: 1,
         boot_vcpus: 1,
+        cgroup: None,
         memory_mib: 128,
         kernel,
         initramfs: None,

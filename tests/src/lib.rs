@@ -86,6 +86,11 @@ impl Story {
         self.dir.path().join("data")
     }
 
+    /// The cgroup of the host that has those of this story's VMs.
+    fn cgroup_parent(&self) -> String {
+        format!("/vmrun-{}", self.dir.path().file_name().expect("a name").to_string_lossy())
+    }
+
     /// Runs `vmrun` to its end.
     ///
     /// # Panics
@@ -106,6 +111,7 @@ impl Story {
     pub fn vmrun(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(std::env::var_os("VMRUN").expect("VMRUN names the program: use `make test`"));
         command.arg("--root").arg(self.dir.path().join("run")).arg("--data-root").arg(self.dir.path().join("data"));
+        command.arg("--cgroup-parent").arg(self.cgroup_parent());
         command.args(arguments).stdin(Stdio::null());
         command
     }
@@ -183,6 +189,8 @@ impl Drop for Story {
                 fs::read_dir(self.dir.path().join(folder)).into_iter().flatten().flatten().map(|e| e.path()).collect();
             assert!(left.is_empty(), "left behind: {left:?}");
         }
+        let cgroup = format!("/sys/fs/cgroup{}", self.cgroup_parent());
+        assert!(!Path::new(&cgroup).exists(), "a cgroup is left behind: {cgroup}");
         let ours = self.dir.path().display().to_string();
         let mounts = fs::read_to_string("/proc/self/mounts").expect("mounts");
         assert!(!mounts.contains(&ours), "mounts left behind:\n{mounts}");

@@ -55,6 +55,7 @@ impl Pod {
             size,
             shares: vec![(ROOTFS_TAG.to_owned(), tree, CachePolicy::Always)],
             network,
+            cgroup: None,
             console: None,
             artifacts: Artifacts::find().expect("VMRUN_VMM, VMRUN_KERNEL and VMRUN_INITRAMFS name the artefacts"),
             deadline: BOOT_DEADLINE,

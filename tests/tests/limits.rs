@@ -1,10 +1,15 @@
 //! Limits hold, are reported, and can be changed while the container runs.
 
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
 use sandbox::ProcessId;
 use sandbox::message::event::What;
+use sandbox::plan;
 use serde_json::json;
-use tests::Story;
 use tests::pod::{FAILED_PRECONDITION, Pod, UNIMPLEMENTED, refusal};
+use tests::{Story, outcome};
 
 /// Takes memory until it is killed.
 const HOG: &str = "tail /dev/zero";
@@ -80,4 +85,65 @@ async fn limits_can_be_changed_and_are_seen_to_hold() {
     assert!(refused.0 == FAILED_PRECONDITION && refused.1.contains("cpu.max"), "{refused:?}");
     pod.0.delete(&ProcessId::init("one"), true).await.unwrap();
     pod.0.stop().await;
+}
+
+/// What a VM may take of the host beside its memory.
+const OVERHEAD: u64 = 64 << 20;
+
+#[test]
+fn all_that_a_vm_costs_is_in_a_cgroup_of_the_host_with_limits() {
+    let story = Story::new();
+    story.detach("one", &["--memory", "100m"], &["sleep", "1000"]);
+    let inspected = story.inspect("one");
+    let cgroup = PathBuf::from(inspected["HostConfig"]["Cgroup"].as_str().expect("a cgroup"));
+    let read = |file: &str| fs::read_to_string(cgroup.join(file)).expect("a file of the cgroup").trim().to_owned();
+    // A thread of the host's kernel that serves the VM is in it too.
+    let vmm = inspected["State"]["Pid"].to_string();
+    assert!(read("cgroup.procs").lines().any(|pid| pid == vmm));
+    assert_eq!(read("cpu.max"), "200000 100000", "its vCPU and one CPU for what serves it");
+    assert_eq!(read("pids.max"), "257");
+    let size = plan::vm_size(1.0, 100 << 20).expect("a size");
+    assert_eq!(read("memory.max"), ((u64::from(size.memory_mib) << 20) + OVERHEAD).to_string());
+    let used: u64 = read("memory.current").parse().expect("a number");
+    assert!(used > 20 << 20, "its RAM is not charged to it: {used}");
+    let _ = story.call(&["rm", "--force", "one"]).success();
+    assert!(!cgroup.exists());
+}
+
+#[test]
+fn a_guest_that_fills_the_hosts_memory_by_a_share_ends_itself_and_nobody_else() {
+    let story = Story::new();
+    story.detach("neighbour", &[], &["sleep", "1000"]);
+    // The folder of the story is memory of the host.
+    let volume = format!("{}:/mnt", story.volume().display());
+    let fill = "dd if=/dev/zero of=/mnt/big bs=1M count=400";
+    let ran = story.run(&["--memory", "100m", "--volume", &volume], &["sh", "-c", fill]);
+    assert_eq!(ran.code, 125, "{ran:?}");
+    assert!(ran.stderr.contains("it took more memory of the host than its size allows"), "{ran:?}");
+    let written = fs::metadata(story.volume().join("big")).expect("what it wrote").len();
+    assert!(written < 300 << 20, "{written}");
+    assert_eq!(story.call(&["exec", "neighbour", "echo", "alive"]).success(), "alive\n");
+    let _ = story.call(&["rm", "--force", "neighbour"]).success();
+}
+
+#[test]
+fn a_host_without_cgroups_is_named_and_can_be_allowed() {
+    let story = Story::new();
+    let without = |options: &[&str], name: &str| {
+        let image = story.image();
+        let arguments = [&["run", "--name", name], options, &[&image, "echo", "x"]].concat();
+        let vmrun = story.vmrun(&arguments);
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", "umount /sys/fs/cgroup && exec \"$@\"", "sh"]);
+        command.arg(vmrun.get_program()).args(vmrun.get_args());
+        outcome(command)
+    };
+    let ran = without(&["--rm"], "one");
+    assert_eq!(ran.code, 125, "{ran:?}");
+    for part in ["there is no cgroup v2 at /sys/fs/cgroup", "--allow-degraded=cgroup"] {
+        assert!(ran.stderr.contains(part), "{ran:?}");
+    }
+    assert_eq!(without(&["--allow-degraded", "cgroup"], "two").success(), "x\n");
+    assert_eq!(story.inspect("two")["HostConfig"]["Degraded"], json!(["cgroup"]));
+    let _ = story.call(&["rm", "two"]).success();
 }

@@ -1,7 +1,7 @@
 //! The VMM process: read the configuration, build the machine, run it, say how it ended.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write as _};
 use std::os::fd::IntoRawFd as _;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
@@ -12,6 +12,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use vmm::control::report_exit;
 use vmm::inherited::{self, InheritedFds};
 use vmm::machine::Machine;
+use vmm::memory::Backing;
 use vmm::{jail, kvm};
 use vmm_api::control::{Exit, ExitReason};
 use vmm_api::{Fd, VmConfig};
@@ -73,16 +74,22 @@ fn run(config_fd: i32) -> Result<u8> {
 
 /// Confines the process, then builds the VM from what it holds.
 fn build(mut config: VmConfig, fds: &mut InheritedFds) -> Result<Machine> {
+    if let Some(fd) = config.cgroup {
+        // What is charged before stays with the cgroup of the owner.
+        let mut procs = File::from(fds.take(fd).context("the cgroup is not an open descriptor")?);
+        procs.write_all(b"0").context("cannot join the cgroup of the VM")?;
+    }
     if config.kvm.is_none() {
         // The new root has no devices.
         config.kvm = Some(Fd(kvm::open_device()?.into_raw_fd()));
     }
+    let backing = Backing::of_host();
     let jail = jail::enter()?;
     // The kernel ends us with the thread that spawned us, even when we are stopped or stuck. A closed control socket, by which
     // we notice in any other case, needs our event loop. Changing credentials would have cleared it.
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
         .context("cannot ask to die with the owner")?;
-    Ok(Machine::build(&config, fds, jail)?)
+    Ok(Machine::build(&config, fds, jail, backing)?)
 }
 
 fn print_probe() -> Result<u8> {

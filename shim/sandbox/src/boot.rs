@@ -27,6 +27,8 @@ pub struct BootRequest {
     pub shares: Vec<(String, OwnedFd, CachePolicy)>,
     /// Its network; the default is none but loopback.
     pub network: Network,
+    /// The `cgroup.procs` that the VMM joins by; without it, it stays in its starter's cgroup.
+    pub cgroup: Option<OwnedFd>,
     /// Where the guest's serial console goes.
     pub console: Option<OwnedFd>,
     /// The program, kernel and image.
@@ -61,6 +63,7 @@ impl Sandbox {
             kvm: open_kvm()?,
             kernel: open(&request.artifacts.kernel)?,
             initramfs: open(&request.artifacts.initramfs)?,
+            cgroup: request.cgroup,
             console: request.console,
             shares: request.shares,
             networks: request.network.interfaces,

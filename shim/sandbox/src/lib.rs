@@ -12,6 +12,7 @@ use std::sync::Mutex;
 mod agent_client;
 pub mod artifacts;
 mod boot;
+pub mod cgroup;
 mod copy;
 pub mod error;
 mod exec;

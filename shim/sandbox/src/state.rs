@@ -42,6 +42,11 @@ pub struct State {
     pub vmm_pid: Option<u32>,
     /// Folder of what the container writes and of its log.
     pub data_dir: PathBuf,
+    /// The cgroup of its VM on the host, until that has ended.
+    pub cgroup: Option<PathBuf>,
+    /// Protections that its VM does without, because whoever ran it allowed that.
+    #[serde(default)]
+    pub degraded: Vec<Protection>,
     /// Whether it is removed when it exits.
     pub auto_remove: bool,
     /// Why it ended, when its command alone does not say.
@@ -49,6 +54,14 @@ pub struct State {
     /// Where it is in its life.
     #[serde(flatten)]
     pub status: Status,
+}
+
+/// A protection of the host that a VM can do without.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protection {
+    /// Its cgroup, with the limits of all that it costs.
+    Cgroup,
 }
 
 /// Life of a container.

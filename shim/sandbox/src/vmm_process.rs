@@ -39,6 +39,7 @@ pub(crate) struct Spawn {
     pub(crate) kvm: OwnedFd,
     pub(crate) kernel: OwnedFd,
     pub(crate) initramfs: OwnedFd,
+    pub(crate) cgroup: Option<OwnedFd>,
     pub(crate) console: Option<OwnedFd>,
     pub(crate) shares: Vec<(String, OwnedFd, CachePolicy)>,
     pub(crate) networks: Vec<Interface>,
@@ -104,6 +105,7 @@ impl VmmProcess {
             kernel: passed.add(spawn.kernel),
             initramfs: Some(passed.add(spawn.initramfs)),
             cmdline: String::new(),
+            cgroup: spawn.cgroup.map(|fd| passed.add(fd)),
             console: spawn.console.map(|fd| passed.add(fd)),
             control: passed.add(vmm_control.into()),
             vsock: Some(VsockConfig {

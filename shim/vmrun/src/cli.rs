@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use sandbox::network::user::PortForward;
+use sandbox::state::Protection;
 
 use crate::image::{OpenOptions, PullPolicy};
 use crate::install::{InstallTarget, UninstallTarget};
@@ -22,6 +23,9 @@ pub(crate) struct Cli {
     /// Folder for images and for what containers write.
     #[arg(long, global = true, default_value = "/var/lib/vmrun", value_name = "DIR")]
     pub(crate) data_root: PathBuf,
+    /// Cgroup of the host below which each VM has its own.
+    #[arg(long, global = true, default_value = "/vmrun", value_name = "PATH")]
+    pub(crate) cgroup_parent: PathBuf,
     /// What to log on standard error: error, warn, info, debug or trace.
     #[arg(long, global = true, default_value = "warn", value_name = "LEVEL")]
     pub(crate) log_level: String,
@@ -232,6 +236,9 @@ pub(crate) struct RunArgs {
     /// Security option: no-new-privileges, seccomp=unconfined or seccomp=FILE.
     #[arg(long, value_name = "OPTION")]
     pub(crate) security_opt: Vec<String>,
+    /// Run without a protection of the host that this one cannot give: cgroup (limits of all that the VM costs).
+    #[arg(long, value_name = "NAME", value_parser = parse_protection)]
+    pub(crate) allow_degraded: Vec<Protection>,
     /// Give the container every capability and device, and no seccomp profile. It stays in its VM.
     #[arg(long)]
     pub(crate) privileged: bool,
@@ -411,6 +418,13 @@ impl RunArgs {
             }
         }
         Ok((self.log_driver == "json-file").then_some(limits))
+    }
+}
+
+fn parse_protection(name: &str) -> Result<Protection, String> {
+    match name {
+        "cgroup" => Ok(Protection::Cgroup),
+        _ => Err("the only protection that a VM can do without is cgroup".to_owned()),
     }
 }
 

@@ -54,7 +54,7 @@ fn describe(root: &Path, state: &State) -> Value {
             "FinishedAt": time(state.finished_at_ms),
         },
         "LogPath": file_path(&state.data_dir, 0),
-        "HostConfig": { "AutoRemove": state.auto_remove },
+        "HostConfig": { "AutoRemove": state.auto_remove, "Cgroup": state.cgroup, "Degraded": state.degraded },
         "Spec": spec,
     })
 }

@@ -83,7 +83,7 @@ pub fn main() -> ExitCode {
 }
 
 fn dispatch(cli: Cli) -> anyhow::Result<u8> {
-    let folders = Folders { root: cli.root, data_root: cli.data_root };
+    let folders = Folders { root: cli.root, data_root: cli.data_root, cgroup_parent: cli.cgroup_parent };
     match cli.command {
         Command::Run(args) => run_container(&folders, *args, cli.supervise),
         Command::Exec(args) => exec::exec(&folders.root, args),

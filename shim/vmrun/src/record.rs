@@ -16,7 +16,9 @@ use std::time::SystemTime;
 
 use anyhow::{Context as _, Result};
 use oci_spec::runtime::Spec;
-use sandbox::state::{self, State, StateDir, Status};
+use sandbox::cgroup::{CgroupError, HostCgroup};
+use sandbox::plan::VmSize;
+use sandbox::state::{self, Protection, State, StateDir, Status};
 
 use crate::random_hex;
 
@@ -27,6 +29,26 @@ pub(crate) struct Folders {
     pub(crate) root: PathBuf,
     /// Images, and data of containers.
     pub(crate) data_root: PathBuf,
+    /// The cgroup that has those of VMs, as a path below the root of cgroups.
+    pub(crate) cgroup_parent: PathBuf,
+}
+
+impl Folders {
+    /// The cgroup of the VM of a container with this data folder, whose name no other has.
+    pub(crate) fn cgroup_of(&self, data_dir: &Path) -> Option<HostCgroup> {
+        HostCgroup::below(&self.cgroup_parent, data_dir.file_name()?.to_str()?)
+    }
+}
+
+/// What a container is to be.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Wanted<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) image: &'a str,
+    pub(crate) command: &'a [String],
+    pub(crate) auto_remove: bool,
+    /// What it may do without.
+    pub(crate) degraded: &'a [Protection],
 }
 
 /// The state and data of a container of ours.
@@ -37,9 +59,14 @@ pub(crate) struct Record {
 
 impl Record {
     /// Takes the name and makes the folders.
-    pub(crate) fn create(folders: &Folders, name: &str, image: &str, command: &[String], rm: bool) -> Result<Self> {
+    pub(crate) fn create(folders: &Folders, wanted: Wanted<'_>) -> Result<Self> {
+        let Wanted { name, image, command, auto_remove, degraded } = wanted;
         let root = std::path::absolute(&folders.root)?;
         let containers = std::path::absolute(&folders.data_root)?.join("containers");
+        let data_dir = containers.join(format!("{name}.{}", random_hex(4)));
+        let cgroup = folders.cgroup_of(&data_dir).with_context(|| {
+            format!("{} is not the path of a cgroup: see --cgroup-parent", folders.cgroup_parent.display())
+        })?;
         let state = State {
             name: name.to_owned(),
             image: image.to_owned(),
@@ -49,8 +76,10 @@ impl Record {
             finished_at_ms: None,
             owner_pid: std::process::id(),
             vmm_pid: None,
-            data_dir: containers.join(format!("{name}.{}", random_hex(4))),
-            auto_remove: rm,
+            data_dir,
+            cgroup: (!degraded.contains(&Protection::Cgroup)).then(|| cgroup.path().to_owned()),
+            degraded: degraded.to_vec(),
+            auto_remove,
             error: None,
             status: Status::Creating,
         };
@@ -70,6 +99,18 @@ impl Record {
         DirBuilder::new().recursive(true).mode(0o700).create(containers).with_context(context)?;
         symlink(self.dir.path(), link(&data_dir)).with_context(context)?;
         DirBuilder::new().mode(0o700).create(&data_dir).with_context(context)
+    }
+
+    /// Makes the cgroup of the VM, unless it does without.
+    pub(crate) fn create_cgroup(&self, size: VmSize) -> Result<Option<HostCgroup>, CgroupError> {
+        let cgroup = self.cgroup();
+        cgroup.iter().try_for_each(|cgroup| cgroup.create_limited(size))?;
+        Ok(cgroup)
+    }
+
+    /// The cgroup of its VM, until that has ended.
+    pub(crate) fn cgroup(&self) -> Option<HostCgroup> {
+        self.state.borrow().cgroup.clone().map(HostCgroup::at)
     }
 
     pub(crate) fn dir(&self) -> &StateDir {
@@ -93,7 +134,9 @@ impl Record {
 
     /// Keeps an ended container for `logs`, `inspect` and `rm`.
     pub(crate) fn keep(&self, status: Status, error: Option<String>) -> Result<()> {
+        self.cgroup().iter().for_each(HostCgroup::remove_with_parent);
         self.update(|state| {
+            state.cgroup = None;
             state.finished_at_ms = Some(now_ms());
             state.error = error;
             state.status = status;
@@ -108,6 +151,7 @@ impl Record {
 
     /// Removes everything.
     pub(crate) fn remove(&self) -> Result<()> {
+        self.cgroup().iter().for_each(HostCgroup::remove_with_parent);
         let data_dir = self.data_dir();
         remove_data_dir(&data_dir)?;
         Ok(self.dir.remove()?)
@@ -160,17 +204,20 @@ mod tests {
 
     use sandbox::state::{self, Status};
 
-    use super::{Folders, Record, orphaned_data_dirs};
+    use super::{Folders, Record, Wanted, orphaned_data_dirs};
+
+    const WANTED: Wanted<'_> = Wanted { name: "one", image: "image", command: &[], auto_remove: false, degraded: &[] };
 
     fn folders(dir: &tempfile::TempDir) -> Folders {
-        Folders { root: dir.path().join("run"), data_root: dir.path().join("data") }
+        let [root, data_root] = ["run", "data"].map(|folder| dir.path().join(folder));
+        Folders { root, data_root, cgroup_parent: "/vmrun-test".into() }
     }
 
     #[test]
     fn a_removed_record_leaves_nothing() {
         let dir = tempfile::tempdir().expect("temporary directory");
         let folders = folders(&dir);
-        let record = Record::create(&folders, "one", "image", &[], true).expect("record");
+        let record = Record::create(&folders, WANTED).expect("record");
         assert!(record.data_dir().is_dir());
         record.remove().expect("removed");
         assert_eq!(fs::read_dir(&folders.root).expect("root").count(), 0);
@@ -181,7 +228,7 @@ mod tests {
     fn data_that_no_state_names_is_found() {
         let dir = tempfile::tempdir().expect("temporary directory");
         let folders = folders(&dir);
-        let record = Record::create(&folders, "one", "image", &[], false).expect("record");
+        let record = Record::create(&folders, WANTED).expect("record");
         let data_dir = record.data_dir();
         record.keep(Status::Exited { exit_code: 0, oom_killed: false }, None).expect("kept");
         assert!(orphaned_data_dirs(&folders.data_root).is_empty());

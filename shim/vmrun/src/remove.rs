@@ -4,6 +4,7 @@ use std::io::{self, Write as _};
 use std::path::Path;
 
 use anyhow::Result;
+use sandbox::cgroup::HostCgroup;
 use sandbox::state::{self, StateError};
 
 use crate::client::ConnectError;
@@ -41,7 +42,11 @@ fn end(root: &Path, name: &str) -> Result<()> {
 fn remove(root: &Path, name: &str) -> Result<()> {
     // The name first: from then on nobody else finds the data.
     match state::remove(root, name)? {
-        Some(state) => remove_data_dir(&state.data_dir),
+        Some(state) => {
+            // Its VM may be about to end with its killed owner.
+            state.cgroup.map(HostCgroup::at).iter().for_each(HostCgroup::remove_with_parent);
+            remove_data_dir(&state.data_dir)
+        }
         None => Ok(()),
     }
 }
@@ -57,6 +62,7 @@ pub(crate) fn gc(folders: &Folders) -> Result<u8> {
         removed => removed.and_then(|()| Ok(writeln!(io::stdout(), "{name}")?)),
     })?;
     for data_dir in orphaned_data_dirs(&folders.data_root) {
+        folders.cgroup_of(&data_dir).iter().for_each(HostCgroup::remove_with_parent);
         remove_data_dir(&data_dir)?;
     }
     Ok(code)

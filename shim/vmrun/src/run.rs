@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow, bail};
 use oci_spec::runtime::{Process, Spec};
 use sandbox::artifacts::Artifacts;
+use sandbox::cgroup::HostCgroup;
 use sandbox::network::Network;
 use sandbox::plan::{self, ROOTFS_TAG, VOLUMES_TAG, VmSize};
 use sandbox::share::{self, Rootfs};
@@ -20,7 +21,7 @@ use crate::cli::RunArgs;
 use crate::container::{Container, Ending};
 use crate::image::{Image, PullPolicy};
 use crate::log::{Log, LogStream, Stream};
-use crate::record::{Folders, Record, now_ms};
+use crate::record::{Folders, Record, Wanted, now_ms};
 use crate::signals::{self, Signals};
 use crate::{EXIT_VMRUN_FAILED, complain, control, detach, image, network, random_hex, spec, stdio, user};
 
@@ -30,6 +31,11 @@ const BOOT_DEADLINE: Duration = Duration::from_secs(60);
 const DRAIN_DEADLINE: Duration = Duration::from_millis(500);
 /// Time that those who asked have to take their answers.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(1);
+/// What the cause of a missing cgroup follows.
+const NO_CGROUP: &str = "the host cannot limit what the VM costs (--allow-degraded=cgroup runs it nevertheless)";
+/// What follows the end of a VM that the host's kernel killed.
+const OUT_OF_MEMORY: &str =
+    ": it took more memory of the host than its size allows, which counts what it writes to a tmpfs of the host";
 /// Exit status of a command that `--timeout` ended, as timeout(1) has it.
 const EXIT_TIMEOUT: u8 = 124;
 /// So many requests to end make us end, as with Docker.
@@ -69,7 +75,14 @@ pub(crate) async fn run(folders: &Folders, args: RunArgs, place: Place) -> Resul
     let stop_signal = stop_signal.or(image_signal).unwrap_or(signals::SIGTERM);
     let name = args.name.clone().unwrap_or_else(|| random_hex(6));
     let command = spec::command(&args, &image)?;
-    let record = Record::create(folders, &name, &args.image, &command, args.rm)?;
+    let wanted = Wanted {
+        name: &name,
+        image: &args.image,
+        command: &command,
+        auto_remove: args.rm,
+        degraded: &args.allow_degraded,
+    };
+    let record = Record::create(folders, wanted)?;
     let run = Run { args, image, name, command, size, artifacts, stop_signal, place, start };
     tokio::task::LocalSet::new().run_until(run.own(record)).await
 }
@@ -140,16 +153,22 @@ impl Run {
         }
         let prepared = self.prepare(record)?;
         let console = self.args.console.then(|| io::stderr().as_fd().try_clone_to_owned()).transpose()?;
+        let cgroup = record.create_cgroup(self.size).context(NO_CGROUP)?;
         let sandbox = Sandbox::boot(BootRequest {
             name: self.name.clone(),
             size: self.size,
             shares: prepared.shares,
             network: prepared.network,
+            cgroup: cgroup.as_ref().map(HostCgroup::procs).transpose()?,
             console,
             artifacts: self.artifacts.clone(),
             deadline: BOOT_DEADLINE,
         })
         .await?;
+        if cgroup.is_some_and(|cgroup| !cgroup.holds(sandbox.vmm_pid())) {
+            sandbox.stop().await;
+            return Err(anyhow!("the VMM did not join its cgroup").into());
+        }
         record.update(|state| state.vmm_pid = Some(sandbox.vmm_pid()))?;
         match self.start_command(record, &sandbox, &prepared.spec).await {
             Ok((copying, created)) => {
@@ -269,12 +288,15 @@ impl Run {
             container.kill().await;
         }
         let mut signals = Signals::listen()?;
-        let ending = self.wait(&container, &mut signals).await;
+        let mut ending = self.wait(&container, &mut signals).await;
         copying.finish(&container, &mut signals).await;
         container.sandbox.stop().await;
         drop(copying);
         let status = Status::Exited { exit_code: ending.exit_code, oom_killed: ending.oom_killed };
-        if let Some(error) = &ending.error {
+        if let Some(error) = &mut ending.error {
+            if container.record.cgroup().is_some_and(|cgroup| cgroup.was_out_of_memory()) {
+                error.push_str(OUT_OF_MEMORY);
+            }
             complain(error);
         }
         if self.args.rm {

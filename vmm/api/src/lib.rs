@@ -26,6 +26,8 @@ pub struct VmConfig {
     pub name: String,
     /// `/dev/kvm`, or nothing to let the VMM open it.
     pub kvm: Option<Fd>,
+    /// `cgroup.procs` of the cgroup that the VMM joins before it takes memory, open for writing; without it, it stays where it is.
+    pub cgroup: Option<Fd>,
     /// Number of vCPUs, 1..=[`MAX_VCPUS`].
     pub vcpus: u8,
     /// How many of them the guest starts at boot, 1..=`vcpus`; it can bring the others up later.
@@ -54,7 +56,7 @@ impl VmConfig {
     /// Every descriptor that it names.
     #[must_use]
     pub fn fds(&self) -> Vec<Fd> {
-        let one = [Some(self.kernel), Some(self.control), self.kvm, self.initramfs, self.console];
+        let one = [Some(self.kernel), Some(self.control), self.kvm, self.cgroup, self.initramfs, self.console];
         let ports = self.vsock.iter().flat_map(|vsock| &vsock.host_ports).map(|port| port.socket);
         let shares = self.shares.iter().map(|share| share.root);
         let networks = self.networks.iter().flat_map(|network| network.fds.iter().copied());

@@ -18,6 +18,8 @@ fn state(name: &str) -> State {
         owner_pid: 1,
         vmm_pid: None,
         data_dir: PathBuf::from("/data"),
+        cgroup: None,
+        degraded: Vec::new(),
         auto_remove: false,
         error: None,
         status: Status::Creating,
