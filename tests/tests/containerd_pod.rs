@@ -44,18 +44,6 @@ while True:
 const CURL: &str = "curl --silent --show-error --globoff --max-time 60";
 const WAIT: &str = "echo up; trap 'exit 0' TERM; while true; do sleep 0.2; done";
 
-/// What depends most on the release. The rest is told to one, for the time that it takes.
-const SHORT_CHECKS: &[Check] = checks![
-    a_pod_has_its_name_its_resolver_and_its_sysctls,
-    volumes_are_those_of_kubernetes,
-    volumes_in_memory_are_memory_of_the_guest,
-];
-
-#[test]
-fn bookworm() {
-    tell(Release::Bookworm, SHORT_CHECKS);
-}
-
 #[test]
 fn trixie() {
     tell(Release::Trixie, &[CHECKS, SANDBOX_CHECKS].concat());
@@ -63,7 +51,7 @@ fn trixie() {
 
 #[test]
 fn sid() {
-    tell(Release::Sid, &[SHORT_CHECKS, SANDBOX_CHECKS].concat());
+    tell(Release::Sid, SANDBOX_CHECKS);
 }
 
 /// The handler of the stories' runtime.
