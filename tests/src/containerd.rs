@@ -20,7 +20,7 @@ pub use fifo::Streams;
 pub use packages::Release;
 use rustix::process::{Pid, Signal, kill_process};
 pub use spec::process;
-pub use tell::{Check, tell};
+pub use tell::{Check, tell, unless_full};
 
 use crate::{Outcome, eventually, outcome};
 

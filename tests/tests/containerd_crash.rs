@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use futures::stream::{self, StreamExt as _};
 use rustix::process::Signal;
-use tests::containerd::{Check, Client, Containerd, Process, Release, Streams, tell};
+use tests::containerd::{Check, Client, Containerd, Process, Streams};
 use tests::{checks, eventually};
 
 const CHECKS: &[Check] = checks![
@@ -20,27 +20,14 @@ const CHECKS: &[Check] = checks![
     cycles_leave_nothing,
 ];
 
-/// What depends most on the release. The rest is told to one, for the time that it takes.
+/// What depends most on the release.
 const SHORT_CHECKS: &[Check] = checks![
     a_shim_killed_at_any_step_leaves_nothing,
     a_container_outlives_containerd,
     a_container_that_ends_while_containerd_is_away_is_told_once,
 ];
 
-#[test]
-fn bookworm() {
-    tell(Release::Bookworm, SHORT_CHECKS);
-}
-
-#[test]
-fn trixie() {
-    tell(Release::Trixie, CHECKS);
-}
-
-#[test]
-fn sid() {
-    tell(Release::Sid, SHORT_CHECKS);
-}
+tests::tell_each_release!(CHECKS, SHORT_CHECKS);
 
 const SLEEP: [&str; 2] = ["sleep", "1000"];
 
