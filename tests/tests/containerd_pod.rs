@@ -44,19 +44,22 @@ while True:
 const CURL: &str = "curl --silent --show-error --globoff --max-time 60";
 const WAIT: &str = "echo up; trap 'exit 0' TERM; while true; do sleep 0.2; done";
 
+/// What depends most on the release.
+const SHORT_CHECKS: &[Check] = checks![volumes_in_memory_are_memory_of_the_guest];
+
 #[test]
 fn bookworm() {
-    tell(Release::Bookworm, unless_full(CHECKS, &CHECKS[..1]));
+    tell(Release::Bookworm, unless_full(CHECKS, SHORT_CHECKS));
 }
 
 #[test]
 fn trixie() {
-    tell(Release::Trixie, unless_full(&[CHECKS, SANDBOX_CHECKS].concat(), CHECKS));
+    tell(Release::Trixie, &[CHECKS, SANDBOX_CHECKS].concat());
 }
 
 #[test]
 fn sid() {
-    tell(Release::Sid, unless_full(&[CHECKS, SANDBOX_CHECKS].concat(), SANDBOX_CHECKS));
+    tell(Release::Sid, unless_full(&[CHECKS, SANDBOX_CHECKS].concat(), &SANDBOX_CHECKS[..1]));
 }
 
 /// The handler of the stories' runtime.
