@@ -139,14 +139,6 @@ impl Containerd {
         kill_process(pid, signal).expect("it runs");
     }
 
-    /// Sends a signal to every process of a program; there may be none any more.
-    pub fn signal_all(&self, program: &str, signal: Signal) {
-        for pid in self.processes(program) {
-            // It may have ended.
-            let _ = i32::try_from(pid).ok().and_then(Pid::from_raw).map(|pid| kill_process(pid, signal));
-        }
-    }
-
     /// A command in this containerd's namespaces and cgroup, which finds its programs first.
     #[must_use]
     pub fn command(&self, program: &str, arguments: &[&str]) -> Command {
