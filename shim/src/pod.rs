@@ -20,6 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use ::sandbox::plan::Volume;
+use memory::VolumeNames;
 use tokio::sync::{Notify, watch as channel};
 
 use crate::config::Config;
@@ -54,10 +55,10 @@ pub(crate) struct Pod {
     containers: Mutex<BTreeMap<String, Arc<Container>>>,
     /// Volumes in the guest: where, and in whose share.
     volumes: Mutex<HashMap<Volume, GuestVolume>>,
-    /// Volumes in the guest's memory, by their path on the host; the place of each is its name.
-    memory_volumes: Mutex<Vec<PathBuf>>,
-    /// Volumes that are copied into the guest, named in the same way.
-    copied_volumes: Mutex<Vec<PathBuf>>,
+    /// Of volumes in the guest's memory.
+    memory_volumes: VolumeNames,
+    /// Of volumes that are copied into the guest.
+    copied_volumes: VolumeNames,
     settings: Mutex<Settings>,
     next_share: AtomicU32,
     next_exec_pid: AtomicU32,
@@ -93,8 +94,8 @@ impl Pod {
             ended: channel::Sender::new(None),
             containers: Mutex::default(),
             volumes: Mutex::default(),
-            memory_volumes: Mutex::default(),
-            copied_volumes: Mutex::default(),
+            memory_volumes: VolumeNames::new('m'),
+            copied_volumes: VolumeNames::new('c'),
             settings: Mutex::default(),
             next_share: AtomicU32::new(0),
             next_exec_pid: AtomicU32::new(FIRST_EXEC_PID),

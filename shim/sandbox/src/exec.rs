@@ -5,6 +5,7 @@ use oci_spec::runtime::Process;
 use tokio::task::{JoinError, JoinHandle};
 
 use crate::agent_client::CALL_DEADLINE;
+use crate::streams::Expected;
 use crate::{CallError, ProcessId, ProcessStreams, Sandbox, WantedStreams};
 
 /// An exec whose streams are here. The agent forgets it when it exits.
@@ -34,13 +35,7 @@ impl Sandbox {
         wanted: WantedStreams,
     ) -> Result<RunningExec, CallError> {
         let expected = self.streams.expect(wanted);
-        let request = ExecRequest {
-            container_id: id.container_id.clone(),
-            exec_id: id.exec_id.clone(),
-            process: serde_json::to_vec(process).map_err(CallError::Encode)?,
-            stdio: Some(expected.stdio.clone()).into(),
-            ..Default::default()
-        };
+        let request = request(id, process, &expected)?;
         let agent = self.agent.clone();
         let mut exit = tokio::spawn(async move { agent.run_exec(&request).await });
         let streams = expected.streams(CALL_DEADLINE);
@@ -58,6 +53,17 @@ impl Sandbox {
         let streams = streams.inspect_err(|_| exit.abort())?;
         Ok(RunningExec { streams, exit })
     }
+}
+
+/// What the agent is asked to start.
+pub(crate) fn request(id: &ProcessId, process: &Process, expected: &Expected) -> Result<ExecRequest, CallError> {
+    Ok(ExecRequest {
+        container_id: id.container_id.clone(),
+        exec_id: id.exec_id.clone(),
+        process: serde_json::to_vec(process).map_err(CallError::Encode)?,
+        stdio: Some(expected.stdio.clone()).into(),
+        ..Default::default()
+    })
 }
 
 fn joined(answer: Result<Result<WaitReply, CallError>, JoinError>) -> Result<WaitReply, CallError> {

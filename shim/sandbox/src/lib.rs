@@ -134,14 +134,7 @@ impl Sandbox {
         wanted: WantedStreams,
     ) -> Result<ProcessStreams, CallError> {
         let expected = self.streams.expect(wanted);
-        let request = message::ExecRequest {
-            container_id: id.container_id.clone(),
-            exec_id: id.exec_id.clone(),
-            process: serde_json::to_vec(process).map_err(CallError::Encode)?,
-            stdio: Some(expected.stdio.clone()).into(),
-            ..Default::default()
-        };
-        self.agent.exec(&request).await?;
+        self.agent.exec(&exec::request(id, process, &expected)?).await?;
         expected.streams(STREAM_DEADLINE).await
     }
 

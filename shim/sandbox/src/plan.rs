@@ -71,6 +71,16 @@ pub struct Volume {
     pub read_only: bool,
 }
 
+impl Volume {
+    /// What a bind mount shows, if it has a source.
+    #[must_use]
+    pub fn of(mount: &Mount) -> Option<Self> {
+        let source = mount.source().clone()?;
+        let read_only = mount.options().iter().flatten().any(|option| option == "ro" || option == "rro");
+        Some(Self { source, read_only })
+    }
+}
+
 /// What to share and what to tell the agent.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
@@ -166,10 +176,9 @@ pub fn plan_container(
         if !is_bind {
             continue;
         }
-        let Some(source) = mount.source().clone() else {
+        let Some(volume) = Volume::of(mount) else {
             return Err(PlanError::NoSource { destination: mount.destination().clone() });
         };
-        let volume = Volume { source, read_only: options.iter().any(|o| o == "ro" || o == "rro") };
         if mount.destination() == Path::new(GUEST_SHM) {
             // Shared memory is between processes of one kernel: whatever the host has there, the guest has its own.
             mount.set_source(Some(in_guest.get(&volume).cloned().unwrap_or_else(|| GUEST_SHM.into())));

@@ -8,19 +8,19 @@
 use std::collections::HashMap;
 use std::fs::{self, Metadata};
 use std::io;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use oci_spec::runtime::{Mount, Spec};
 use rustix::fs::inotify::{self, WatchFlags};
 use sandbox::message::volume_entry::What;
-use sandbox::message::{Empty, Ownership, VolumeEntry, WriteVolumeRequest};
+use sandbox::message::{Empty, VolumeEntry, WriteVolumeRequest};
 use sandbox::plan::{self, Volume};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::unix::pipe;
 
 use super::Pod;
+use super::memory::ownership;
 use crate::error::TaskError;
 use crate::vm::Vm;
 
@@ -49,39 +49,29 @@ impl Pod {
         spec: &Spec,
     ) -> Result<HashMap<Volume, PathBuf>, TaskError> {
         let mut guest_paths = HashMap::new();
-        for source in spec.mounts().iter().flatten().filter_map(kubelet_volume) {
+        for volume in spec.mounts().iter().flatten().filter_map(kubelet_volume) {
+            let source = &volume.source;
             let failed = |action: &str| TaskError::host(format!("{action} {}", source.display()));
             // Before the look at what there is, so that no swap is missed.
             let events = watch(source).map_err(failed("watch"))?;
             let Some(entries) = read(source).map_err(failed("read"))? else { continue };
-            let (name, is_new) = self.copied_volume_name(source);
+            let (name, is_new) = self.copied_volumes.of(source);
             vm.sandbox.write_volume(&request(&name, source, entries)).await?;
             if is_new {
                 tokio::spawn(follow(vm.clone(), name.clone(), source.clone(), events));
             }
-            guest_paths.insert(Volume { source: source.clone(), read_only: true }, plan::guest_memory_volume(&name));
+            guest_paths.insert(volume, plan::guest_memory_volume(&name));
         }
         Ok(guest_paths)
     }
-
-    /// The same for every container of the pod, and whether it is the first that asks.
-    fn copied_volume_name(&self, source: &Path) -> (String, bool) {
-        let mut sources = self.copied_volumes.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = sources.iter().position(|known| known == source);
-        let index = known.unwrap_or_else(|| {
-            sources.push(source.to_owned());
-            sources.len() - 1
-        });
-        (format!("c{index}"), known.is_none())
-    }
 }
 
-/// The source of a mount, if the kubelet writes it and the container does not.
-fn kubelet_volume(mount: &Mount) -> Option<&PathBuf> {
-    let is_read_only = mount.options().iter().flatten().any(|option| option == "ro" || option == "rro");
-    let source = mount.source().as_ref().filter(|_| is_read_only)?;
-    let text = source.to_string_lossy();
-    (KINDS.iter().any(|kind| text.contains(kind)) && source.is_dir()).then_some(source)
+/// What a mount shows, if the kubelet writes it and the container does not.
+fn kubelet_volume(mount: &Mount) -> Option<Volume> {
+    let volume = Volume::of(mount).filter(|volume| volume.read_only)?;
+    let text = volume.source.to_string_lossy();
+    let is_kubelets = KINDS.iter().any(|kind| text.contains(kind)) && volume.source.is_dir();
+    is_kubelets.then_some(volume)
 }
 
 /// A queue of inotify(7) is read like a pipe.
@@ -194,10 +184,6 @@ fn unless_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
 fn request(name: &str, source: &Path, entries: Vec<VolumeEntry>) -> WriteVolumeRequest {
     let root = fs::metadata(source).map(|found| ownership(&found)).unwrap_or_default();
     WriteVolumeRequest { name: name.to_owned(), root: Some(root).into(), entries, ..Default::default() }
-}
-
-fn ownership(found: &Metadata) -> Ownership {
-    Ownership { mode: found.mode() & 0o7777, uid: found.uid(), gid: found.gid(), ..Default::default() }
 }
 
 #[cfg(test)]

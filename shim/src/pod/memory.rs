@@ -2,10 +2,10 @@
 //! (`subPath`), and `/dev/shm`. They have the size and the owner of the host's, belong to the pod, and last as long as its VM.
 
 use std::collections::HashMap;
-use std::fs;
+use std::fs::{self, Metadata};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::PoisonError;
+use std::sync::{Mutex, PoisonError};
 
 use oci_spec::runtime::{Mount, Spec};
 use sandbox::message::{MemoryVolumeRequest, Ownership};
@@ -37,29 +37,36 @@ impl Pod {
         let table = mount_table().map_err(TaskError::host("read the table of mounts"))?;
         let mut guest_paths = HashMap::new();
         for mount in spec.mounts().iter().flatten() {
-            let Some((source, found)) =
-                mount.source().as_ref().and_then(|source| Some((source, find(mount, source, &table)?)))
-            else {
-                continue;
-            };
-            let name = self.memory_volume_name(&found.root);
-            vm.sandbox.add_memory_volume(&request(&name, source, &found)).await?;
-            let options = mount.options().clone().unwrap_or_default();
-            let read_only = options.iter().any(|option| option == "ro" || option == "rro");
-            let guest_path = plan::guest_memory_volume(&name).join(&found.folder);
-            guest_paths.insert(Volume { source: source.clone(), read_only }, guest_path);
+            let Some(volume) = Volume::of(mount) else { continue };
+            let Some(found) = find(mount, &volume.source, &table) else { continue };
+            let (name, _) = self.memory_volumes.of(&found.root);
+            vm.sandbox.add_memory_volume(&request(&name, &volume.source, &found)).await?;
+            guest_paths.insert(volume, plan::guest_memory_volume(&name).join(&found.folder));
         }
         Ok(guest_paths)
     }
+}
 
-    /// The same for every container of the pod.
-    fn memory_volume_name(&self, root: &Path) -> String {
-        let mut roots = self.memory_volumes.lock().unwrap_or_else(PoisonError::into_inner);
-        let index = roots.iter().position(|known| known == root).unwrap_or_else(|| {
-            roots.push(root.to_owned());
-            roots.len() - 1
+/// Names that volumes of the host have in the guest, the same for every container of the pod.
+pub(super) struct VolumeNames {
+    prefix: char,
+    sources: Mutex<Vec<PathBuf>>,
+}
+
+impl VolumeNames {
+    pub(super) fn new(prefix: char) -> Self {
+        Self { prefix, sources: Mutex::default() }
+    }
+
+    /// The name, and whether it is new.
+    pub(super) fn of(&self, source: &Path) -> (String, bool) {
+        let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = sources.iter().position(|known| known == source);
+        let index = known.unwrap_or_else(|| {
+            sources.push(source.to_owned());
+            sources.len() - 1
         });
-        format!("m{index}")
+        (format!("{}{index}", self.prefix), known.is_none())
     }
 }
 
@@ -88,21 +95,24 @@ fn request(name: &str, source: &Path, found: &InMemory) -> MemoryVolumeRequest {
         let unit = u64::try_from(stat.f_bsize).unwrap_or_default();
         stat.f_blocks.saturating_mul(unit)
     });
-    let root = if is_tmpfs(&found.root).is_some() { ownership(&found.root) } else { owned(SHM_OWNERSHIP) };
+    let root = if is_tmpfs(&found.root).is_some() { ownership_at(&found.root) } else { owned(SHM_OWNERSHIP) };
     MemoryVolumeRequest {
         name: name.to_owned(),
         size_bytes,
         root: Some(root).into(),
         folder: found.folder.display().to_string(),
-        folder_ownership: Some(ownership(source)).into(),
+        folder_ownership: Some(ownership_at(source)).into(),
         ..Default::default()
     }
 }
 
 /// That of a path of the host; a path that is not there has what the kubelet gives a folder.
-fn ownership(path: &Path) -> Ownership {
-    let found = fs::metadata(path).map(|found| (found.mode() & 0o7777, found.uid(), found.gid()));
-    owned(found.unwrap_or((0o777, 0, 0)))
+fn ownership_at(path: &Path) -> Ownership {
+    fs::metadata(path).map_or_else(|_| owned((0o777, 0, 0)), |found| ownership(&found))
+}
+
+pub(super) fn ownership(found: &Metadata) -> Ownership {
+    owned((found.mode() & 0o7777, found.uid(), found.gid()))
 }
 
 fn owned((mode, uid, gid): (u32, u32, u32)) -> Ownership {
