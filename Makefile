@@ -13,7 +13,7 @@ hostile = cd tests/hostile && CARGO_TARGET_DIR=$(target)/hostile cargo
 build: packages
 	$(MAKE) --jobs=2 dynamic-programs static-programs
 	install -m 755 $(static)/release/vmm $(release)/vmm
-	$(release)/rootfs --agent $(static)/guest/agent --output $(release)/initramfs
+	$(release)/rootfs --agent $(static)/guest/agent --output $(release)/rootfs.erofs
 	ln -sf "$$(guest-kernel/build)" $(release)/vmlinux
 
 # Side by side: the last steps of each keep one CPU busy for minutes.
@@ -57,7 +57,7 @@ lint:
 
 .PHONY: packages
 packages:
-	@tests/install-packages libcap-ng-dev libseccomp-dev busybox-static protobuf-compiler
+	@tests/install-packages libcap-ng-dev libseccomp-dev busybox-static protobuf-compiler erofs-utils
 
 clean:
 	tests/on-kvm --stop

@@ -1,4 +1,4 @@
-//! First steps of the guest: leaves the initramfs for a tmpfs root, mounts the kernel's file systems, opens cgroup v2.
+//! First steps of the guest: leaves its image for a tmpfs root, mounts the kernel's file systems, opens cgroup v2.
 //!
 //! Called once by `main`, before any thread or task exists.
 
@@ -55,7 +55,8 @@ pub(crate) fn prepare_root() -> Result<(), BootError> {
     write("/proc/self/oom_score_adj", "-1000")
 }
 
-/// `pivot_root` refuses the initramfs as the old root, hence the tmpfs. `/proc/self/exe` stays valid across the move.
+/// The image cannot be written, and `pivot_root` of a container would refuse an initramfs in its place, hence the tmpfs.
+/// `/proc/self/exe` stays valid across the move.
 fn enter_tmpfs_root() -> Result<(), BootError> {
     let enter = || -> io::Result<()> {
         fs::create_dir_all(NEW_ROOT)?;

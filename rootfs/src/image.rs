@@ -1,155 +1,137 @@
-//! The initramfs: a "newc" archive, which the kernel's populate_rootfs() unpacks. Called once by main.
+//! The image: an EROFS file system, made by `mkfs.erofs` from a folder that this module fills. Called once by main.
 //!
-//! It holds nothing of the machine that built it: no time, no owner, no inode number of a real file, no order of a real
-//! directory. It is not compressed: the kernel then needs no decompressor, and unpacking is one copy.
+//! The VMM maps it into the VM as persistent memory and the guest executes the agent in place (DAX), so the image is a
+//! multiple of what such memory is mapped by, and the agent lies in it as it is: whole blocks, not compressed.
+//! It holds nothing of the machine that built it: no time, no owner, no order of a real directory.
 
-use std::fs::Permissions;
-use std::io::{self, Write};
+use std::fs::{self, OpenOptions, Permissions};
+use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use cpio::newc::{Builder, ModeFileType, trailer};
+use tempfile::NamedTempFile;
 use thiserror::Error;
 
 use crate::manifest::{Entry, Kind};
 
+/// Size of a block of the file system, and of a page of the guest.
+const BLOCK: usize = 4096;
+/// Linux maps persistent memory by subsections of this size (`PAGES_PER_SUBSECTION`).
+const SUBSECTION: u64 = 2 << 20;
+/// The identity of the file system, which would be a random number.
+const UUID: &str = "766d7275-6e00-4000-8000-726f6f746673";
+
 /// Why no image was made. The file at the output path is then what it was before.
 #[derive(Debug, Error)]
 pub(crate) enum ImageError {
-    #[error("the agent has {len} bytes and the archive format ends at 4 GiB; build it in release mode and strip it")]
-    AgentTooLarge { len: usize },
-    #[error("cannot pack {path} into the image")]
-    Pack { path: &'static str, source: io::Error },
+    #[error("cannot put {path} into the folder that becomes the image; check that there is space in TMPDIR")]
+    Stage { path: &'static str, source: io::Error },
+    #[error("cannot run mkfs.erofs; install the package erofs-utils")]
+    NoProgram(#[source] io::Error),
+    #[error("mkfs.erofs failed: {0}")]
+    Program(String),
     #[error("cannot write the image to {path}; check that its folder exists, is writable and has space")]
     Write { path: PathBuf, source: io::Error },
 }
 
-/// The bytes of an image that holds `entries`, with `agent` as content where the table says so.
-pub(crate) fn build(entries: &[Entry], agent: &[u8]) -> Result<Vec<u8>, ImageError> {
-    // The archive is held in memory on purpose: it is a few MiB, and it must be complete before it is put into place.
-    let mut archive = Vec::with_capacity(agent.len() + 4096);
-    for (inode, entry) in (1..).zip(entries) {
-        let content = if matches!(entry.kind, Kind::Agent) { agent } else { &[] };
-        let len = u32::try_from(content.len()).map_err(|_| ImageError::AgentTooLarge { len: content.len() })?;
-        // Pads header and content to four bytes, as the kernel expects of every member.
-        let mut member = header(entry, inode).write(&mut archive, len);
-        member
-            .write_all(content)
-            .and_then(|()| member.finish())
-            .map_err(|source| ImageError::Pack { path: entry.path, source })?;
+/// Puts an image of `entries`, with `agent` as content where the table says so, at `path`: whoever looks sees the old file
+/// or the whole new one.
+pub(crate) fn build(entries: &[Entry], agent: &[u8], path: &Path) -> Result<(), ImageError> {
+    let write = |source| ImageError::Write { path: path.to_owned(), source };
+    let staged = stage(entries, agent)?;
+    let image = temporary_beside(path).map_err(write)?;
+    make(staged.path(), image.path())?;
+    finish(image, path).map_err(write)
+}
+
+/// A folder that looks like the root of the guest.
+fn stage(entries: &[Entry], agent: &[u8]) -> Result<tempfile::TempDir, ImageError> {
+    let folder = tempfile::tempdir().map_err(|source| ImageError::Stage { path: "/", source })?;
+    for entry in entries {
+        let path = folder.path().join(entry.path);
+        let made = match entry.kind {
+            Kind::Directory => fs::create_dir(&path),
+            Kind::Agent => write_whole_blocks(&path, agent),
+        };
+        made.and_then(|()| fs::set_permissions(&path, Permissions::from_mode(entry.permissions)))
+            .map_err(|source| ImageError::Stage { path: entry.path, source })?;
     }
-    trailer(&mut archive).map_err(|source| ImageError::Pack { path: "the end mark", source })?;
-    Ok(archive)
+    fs::set_permissions(folder.path(), Permissions::from_mode(0o755))
+        .map_err(|source| ImageError::Stage { path: "/", source })?;
+    Ok(folder)
 }
 
-/// Puts an image into place: whoever looks sees the old file or the whole new one.
-pub(crate) fn write(path: &Path, image: &[u8]) -> Result<(), ImageError> {
-    write_and_rename(path, image).map_err(|source| ImageError::Write { path: path.to_owned(), source })
+/// Zeros behind the end of a program are not part of it. Without them EROFS puts the last bytes beside the inode, and Linux
+/// does not execute such a file in place.
+fn write_whole_blocks(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    fs::write(path, bytes)?;
+    OpenOptions::new().write(true).open(path)?.set_len(bytes.len().next_multiple_of(BLOCK) as u64)
 }
 
-fn write_and_rename(path: &Path, image: &[u8]) -> io::Result<()> {
-    // Beside the target, because a rename does not cross file systems. Removed by its guard when a step fails.
+fn make(folder: &Path, image: &Path) -> Result<(), ImageError> {
+    let mut command = Command::new("mkfs.erofs");
+    command.args(["--quiet", "-T0", "--all-root", "-x-1", "-U", UUID]).arg(image).arg(folder);
+    let output = command.output().map_err(ImageError::NoProgram)?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(ImageError::Program(format!("{}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim())))
+}
+
+/// Beside the target, because a rename does not cross file systems. Removed by its guard when a step fails.
+fn temporary_beside(path: &Path) -> io::Result<NamedTempFile> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut temporary = tempfile::Builder::new().prefix(".rootfs-").tempfile_in(folder)?;
-    temporary.write_all(image)?;
-    temporary.as_file().set_permissions(Permissions::from_mode(0o644))?;
-    temporary.as_file().sync_all()?;
-    temporary.persist(path)?;
-    Ok(())
+    tempfile::Builder::new().prefix(".rootfs-").tempfile_in(folder)
 }
 
-fn header(entry: &Entry, inode: u32) -> Builder {
-    // A link count of 1 for files: the kernel would take members with equal inodes and more links for one file.
-    let header = Builder::new(entry.path).ino(inode).mode(entry.permissions);
-    match entry.kind {
-        Kind::Directory => header.set_mode_file_type(ModeFileType::Directory).nlink(2),
-        Kind::Agent => header.set_mode_file_type(ModeFileType::Regular).nlink(1),
-        Kind::Device { major, minor } => {
-            header.set_mode_file_type(ModeFileType::Char).nlink(1).rdev_major(major).rdev_minor(minor)
-        }
-    }
+fn finish(image: NamedTempFile, path: &Path) -> io::Result<()> {
+    let file = image.as_file();
+    file.set_len(file.metadata()?.len().next_multiple_of(SUBSECTION))?;
+    file.set_permissions(Permissions::from_mode(0o644))?;
+    file.sync_all()?;
+    image.persist(path)?;
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
-    use cpio::NewcReader;
-
     use super::*;
     use crate::manifest::ENTRIES;
 
-    /// Each member as `mode uid mtime size path`.
-    fn listing(archive: &[u8]) -> Vec<String> {
-        let mut lines = Vec::new();
-        let mut rest = archive;
-        loop {
-            let member = NewcReader::new(rest).expect("the archive is well formed");
-            let entry = member.entry();
-            if entry.is_trailer() {
-                return lines;
-            }
-            let line = format!("{:o} {} {}", entry.mode(), entry.uid() + entry.gid(), entry.mtime());
-            lines.push(format!("{line} {} {}", entry.file_size(), entry.name()));
-            rest = member.finish().expect("the member is complete");
-        }
+    fn image(agent: &[u8]) -> Vec<u8> {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("image");
+        build(ENTRIES, agent, &path).expect("it builds");
+        assert_eq!(fs::read_dir(folder.path()).expect("it is there").count(), 1, "nothing else is left");
+        fs::read(path).expect("it is there")
     }
 
     #[test]
     fn same_agent_gives_same_bytes() {
-        let first = build(ENTRIES, b"agent").expect("it builds");
-        let second = build(ENTRIES, b"agent").expect("it builds");
-        assert_eq!(first, second);
+        assert_eq!(image(b"agent"), image(b"agent"));
     }
 
     #[test]
-    fn holds_the_agent_the_console_and_mount_points() {
-        let archive = build(ENTRIES, b"agent").expect("it builds");
-        let expected = [
-            "40755 0 0 0 dev",
-            "20600 0 0 0 dev/console",
-            "40555 0 0 0 proc",
-            "40755 0 0 0 run",
-            "40555 0 0 0 sys",
-            "41777 0 0 0 tmp",
-            "100755 0 0 5 init",
-        ];
-        assert_eq!(listing(&archive), expected);
+    fn the_agent_can_be_executed_in_place() {
+        let agent: Vec<u8> = (0..3 * BLOCK + 5).map(|at| u8::try_from(at * 31 % 251).expect("small")).collect();
+        let image = image(&agent);
+        assert_eq!(image.len() as u64 % SUBSECTION, 0);
+        assert_eq!(image[1024..1028], 0xe0f5_e1e2_u32.to_le_bytes(), "the magic number of EROFS");
+        let block = image.chunks(BLOCK).position(|block| block == &agent[..BLOCK]).expect("it begins a block");
+        assert_eq!(image[block * BLOCK..][..agent.len()], agent);
     }
 
     #[test]
-    fn console_is_device_5_1() {
-        let archive = build(&ENTRIES[1..2], b"").expect("it builds");
-        let member = NewcReader::new(&archive[..]).expect("the archive is well formed");
-        assert_eq!((member.entry().rdev_major(), member.entry().rdev_minor()), (5, 1));
-    }
-
-    #[test]
-    fn inodes_differ() {
-        let first = header(&ENTRIES[0], 1).write(Vec::new(), 0).finish().expect("memory takes it");
-        let second = header(&ENTRIES[0], 2).write(Vec::new(), 0).finish().expect("memory takes it");
-        assert_ne!(first, second);
-    }
-
-    #[test]
-    fn is_padded_to_four_bytes_whatever_the_agent_is() {
-        let lengths = [0, 1, 2, 3].map(|len| build(ENTRIES, &vec![7; len]).expect("it builds").len() % 4);
-        assert_eq!(lengths, [0; 4]);
-    }
-
-    #[test]
-    fn replaces_the_output_and_leaves_nothing_else() {
-        let folder = tempfile::tempdir().expect("a temporary folder");
-        let output = folder.path().join("image");
-        fs::write(&output, "old").expect("it is writable");
-        write(&output, b"new").expect("it is replaced");
-        assert_eq!(fs::read(&output).expect("it is there"), b"new");
-        assert_eq!(fs::read_dir(folder.path()).expect("it is there").count(), 1);
+    fn the_mount_points_of_the_agent_are_there() {
+        let staged = stage(ENTRIES, b"agent").expect("staged");
+        let mode = |path| fs::metadata(staged.path().join(path)).expect("it is there").permissions().mode() & 0o7777;
+        assert_eq!(["dev", "newroot", "init"].map(mode), [0o755; 3]);
     }
 
     #[test]
     fn names_the_output_that_cannot_be_written() {
-        let error = write(Path::new("/nonexistent/image"), b"new").expect_err("the folder is missing");
+        let error = build(ENTRIES, b"agent", Path::new("/nonexistent/image")).expect_err("the folder is missing");
         assert!(error.to_string().contains("/nonexistent/image"), "{error}");
     }
 }

@@ -1,4 +1,4 @@
-//! `rootfs --agent PATH --output PATH`: packs the agent into the image that the guest kernel unpacks as its root.
+//! `rootfs --agent PATH --output PATH`: packs the agent into the image that is the root of the guest.
 //!
 //! The path of the data, one module each: [`agent`] reads and checks the binary, [`manifest`] says what stands beside
 //! it, [`image`] turns both into bytes and puts them into place. Run by the Makefile and by packagers; never at run time.
@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::Parser;
 
-/// Packs the guest agent into an initramfs. The same agent always gives the same bytes.
+/// Packs the guest agent into an EROFS image. The same agent always gives the same bytes.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {
@@ -35,7 +35,6 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let agent =
         agent::read(&arguments.agent).with_context(|| format!("cannot use {} as agent", arguments.agent.display()))?;
-    let bytes = image::build(manifest::ENTRIES, &agent)?;
-    image::write(&arguments.output, &bytes)?;
+    image::build(manifest::ENTRIES, &agent, &arguments.output)?;
     Ok(())
 }

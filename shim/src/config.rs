@@ -61,13 +61,13 @@ pub(crate) struct ArtifactPaths {
     /// The guest's kernel.
     pub(crate) kernel: Option<PathBuf>,
     /// The guest's image.
-    pub(crate) initramfs: Option<PathBuf>,
+    pub(crate) rootfs: Option<PathBuf>,
 }
 
 impl ArtifactPaths {
     /// The environment variables by which `sandbox` finds them.
     pub(crate) fn variables(&self) -> impl Iterator<Item = (&'static str, &Path)> {
-        let named = [("VMRUN_VMM", &self.vmm), ("VMRUN_KERNEL", &self.kernel), ("VMRUN_INITRAMFS", &self.initramfs)];
+        let named = [("VMRUN_VMM", &self.vmm), ("VMRUN_KERNEL", &self.kernel), ("VMRUN_ROOTFS", &self.rootfs)];
         named.into_iter().filter_map(|(variable, path)| path.as_deref().map(|path| (variable, path)))
     }
 }

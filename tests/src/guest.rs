@@ -100,7 +100,7 @@ pub fn config(kernel: Fd) -> VmConfig {
         cgroup: None,
         memory_mib: 128,
         kernel,
-        initramfs: None,
+        root_image: None,
         cmdline: String::new(),
         console: None,
         control: Fd(0),

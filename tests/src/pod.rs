@@ -57,7 +57,7 @@ impl Pod {
             network,
             cgroup: None,
             console: None,
-            artifacts: Artifacts::find().expect("VMRUN_VMM, VMRUN_KERNEL and VMRUN_INITRAMFS name the artefacts"),
+            artifacts: Artifacts::find().expect("VMRUN_VMM, VMRUN_KERNEL and VMRUN_ROOTFS name the artefacts"),
             deadline: BOOT_DEADLINE,
         };
         Self(Sandbox::boot(request).await.expect("booted"))

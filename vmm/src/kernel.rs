@@ -1,13 +1,13 @@
-//! Loads the kernel and the initramfs into guest RAM and composes the command line.
+//! Loads the kernel into guest RAM and composes the command line.
 
 use std::fs::File;
-use std::io::{self, Seek as _};
+use std::io;
 use std::os::fd::OwnedFd;
 
 use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use linux_loader::loader::{KernelLoader as _, KernelLoaderResult};
 use thiserror::Error;
-use vm_memory::{Address as _, Bytes as _, GuestAddress, GuestMemory as _, GuestMemoryError, GuestMemoryRegion as _};
+use vm_memory::{Address as _, Bytes as _, GuestAddress, GuestMemoryError};
 use vmm_api::VmConfig;
 
 use crate::arch::layout::{COMMAND_LINE, COMMAND_LINE_MAX, HIMEM_START, KERNEL_START};
@@ -23,15 +23,9 @@ pub enum KernelError {
     /// The kernel has no PVH entry.
     #[error("the guest kernel has no PVH note: build it with CONFIG_PVH")]
     NoPvh,
-    /// The kernel or the initramfs cannot be read.
-    #[error("cannot read the guest kernel or its initramfs")]
+    /// The kernel cannot be read.
+    #[error("cannot read the guest kernel")]
     Read(#[source] io::Error),
-    /// The initramfs does not fit.
-    #[error("the initramfs of {size} bytes does not fit into guest RAM beside the kernel")]
-    InitramfsTooLarge {
-        /// Its size.
-        size: u64,
-    },
     /// Guest RAM refused a write.
     #[error("cannot write to guest RAM")]
     Write(#[source] GuestMemoryError),
@@ -46,52 +40,27 @@ pub enum KernelError {
 /// Always on the command line. `reboot=k` resets through the keyboard controller, `panic=-1` does it at once; the MP table
 /// is all the firmware there is, and the configuration mechanism of PCI needs no probing.
 const COMMAND_LINE_BASE: &str = "reboot=k panic=-1 pci=conf1,lastbus=0 i8042.noaux i8042.nokbd i8042.nopnp i8042.dumbkbd \
-     random.trust_cpu=on tsc=reliable no_timer_check cryptomgr.notests";
+     random.trust_cpu=on tsc=reliable no_timer_check noreplace-smp cryptomgr.notests";
 /// Without a console nothing is printed until something goes wrong: the early console costs exits only for messages that
 /// are printed, and a panic's last words reach the ring.
 const COMMAND_LINE_QUIET: &str = "quiet loglevel=1 8250.nr_uarts=1 earlycon=uart8250,io,0x3f8,115200 keep_bootcon";
+/// The root image, executed in place.
+const COMMAND_LINE_ROOT: &str = "root=/dev/pmem0 rootfstype=erofs rootflags=dax=always init=/init";
 const COMMAND_LINE_CONSOLE: &str = "console=ttyS0 8250.nr_uarts=1 earlycon=uart8250,io,0x3f8,115200";
 
-/// Loads the kernel; returns its PVH entry and the first address behind it.
+/// Loads the kernel; returns its PVH entry.
 ///
 /// # Errors
 /// [`KernelError::Load`] and [`KernelError::NoPvh`].
-pub fn load_kernel(memory: &GuestMemory, kernel: OwnedFd, backing: Backing) -> Result<(u64, u64), KernelError> {
+pub fn load_kernel(memory: &GuestMemory, kernel: OwnedFd, backing: Backing) -> Result<u64, KernelError> {
     let mut file = File::from(kernel);
     backing.prepare(memory, KERNEL_START, file.metadata().map_err(KernelError::Read)?.len());
-    let KernelLoaderResult { kernel_end, pvh_boot_cap, .. } =
+    let KernelLoaderResult { pvh_boot_cap, .. } =
         Elf::load(memory, None, &mut file, Some(GuestAddress(HIMEM_START))).map_err(KernelError::Load)?;
     match pvh_boot_cap {
-        PvhBootCapability::PvhEntryPresent(entry) => Ok((entry.raw_value(), kernel_end)),
+        PvhBootCapability::PvhEntryPresent(entry) => Ok(entry.raw_value()),
         _ => Err(KernelError::NoPvh),
     }
-}
-
-/// Loads the initramfs at the top of low RAM; returns its address and length.
-///
-/// # Errors
-/// [`KernelError::Read`] and [`KernelError::InitramfsTooLarge`].
-pub fn load_initramfs(
-    memory: &GuestMemory,
-    initramfs: OwnedFd,
-    kernel_end: u64,
-    backing: Backing,
-) -> Result<(u64, u64), KernelError> {
-    let mut file = File::from(initramfs);
-    let size = file.metadata().map_err(KernelError::Read)?.len();
-    // The caller may have read it before.
-    file.rewind().map_err(KernelError::Read)?;
-    let low_ram_end = memory.iter().next().map_or(0, |region| region.start_addr().raw_value() + region.len());
-    let address =
-        low_ram_end.checked_sub(size).map(|address| address & !0xfff).filter(|address| *address >= kernel_end);
-    let (Some(address), Ok(len)) = (address, usize::try_from(size)) else {
-        return Err(KernelError::InitramfsTooLarge { size });
-    };
-    backing.prepare(memory, address, size);
-    memory
-        .read_exact_volatile_from(GuestAddress(address), &mut file, len)
-        .map_err(|error| KernelError::Read(io::Error::other(error)))?;
-    Ok((address, size))
 }
 
 /// Writes the command line.
@@ -106,6 +75,9 @@ pub fn write_command_line(memory: &GuestMemory, config: &VmConfig) -> Result<(),
 fn command_line(config: &VmConfig) -> Result<Vec<u8>, KernelError> {
     let console = if config.console.is_some() { COMMAND_LINE_CONSOLE } else { COMMAND_LINE_QUIET };
     let mut line = format!("{COMMAND_LINE_BASE} {console}");
+    if config.root_image.is_some() {
+        line = format!("{line} {COMMAND_LINE_ROOT}");
+    }
     if config.boot_vcpus < config.vcpus {
         line.push_str(&format!(" maxcpus={}", config.boot_vcpus));
     }
@@ -124,7 +96,7 @@ mod tests {
 
     use vmm_api::{Fd, VmConfig};
 
-    use super::{Backing, COMMAND_LINE_MAX, KernelError, command_line, load_initramfs, load_kernel};
+    use super::{Backing, COMMAND_LINE_MAX, KernelError, command_line, load_kernel};
 
     fn config(vcpus: u8, boot_vcpus: u8, cmdline: String) -> VmConfig {
         VmConfig {
@@ -135,7 +107,7 @@ mod tests {
             memory_mib: 64,
             cgroup: None,
             kernel: Fd(3),
-            initramfs: None,
+            root_image: None,
             cmdline,
             console: None,
             control: Fd(4),
@@ -174,15 +146,5 @@ mod tests {
         assert!(matches!(refused(b""), KernelError::Load(_)));
         assert!(matches!(refused(&[0x1f, 0x8b, 8, 0]), KernelError::Load(_)));
         assert!(matches!(refused(&[0x7f; 4096]), KernelError::Load(_)));
-    }
-
-    #[test]
-    fn an_initramfs_lies_at_the_top_of_low_ram_or_is_too_large() {
-        let memory = crate::memory::create(64).expect("memory");
-        let (address, size) =
-            load_initramfs(&memory, file(&[1; 5000]).into(), 0x10_0000, Backing::Small).expect("loaded");
-        assert_eq!((address, size), ((64 << 20) - 8192, 5000));
-        let error = load_initramfs(&memory, file(&[1; 5000]).into(), 64 << 20, Backing::Small).expect_err("no room");
-        assert!(matches!(error, KernelError::InitramfsTooLarge { size: 5000 }));
     }
 }

@@ -8,13 +8,15 @@ use std::sync::Arc;
 
 use kvm_bindings::{
     CpuId, KVM_CAP_PMU_CAPABILITY, KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION, KVM_MAX_CPUID_ENTRIES,
-    KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE, kvm_cpuid_entry2, kvm_enable_cap, kvm_pit_config,
+    KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE, kvm_cpuid_entry2, kvm_enable_cap, kvm_pit_config,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use thiserror::Error;
 use vm_memory::{Address as _, GuestMemory as _, GuestMemoryRegion as _, MemoryRegionAddress};
 
+use crate::arch::layout::ROOT_IMAGE_START;
+use crate::root_image::RootImage;
 use crate::virtio::GuestMemory;
 
 /// API version of KVM since Linux 2.6.22.
@@ -51,7 +53,7 @@ pub enum KvmError {
 }
 
 /// What each guest needs.
-const NEEDED: [Cap; 9] = [
+const NEEDED: [Cap; 10] = [
     Cap::Irqchip,
     Cap::UserMemory,
     Cap::Ioeventfd,
@@ -61,6 +63,7 @@ const NEEDED: [Cap; 9] = [
     Cap::Pit2,
     Cap::ImmediateExit,
     Cap::AdjustClock,
+    Cap::ReadonlyMem,
 ];
 
 /// Opens KVM, from a descriptor if the caller gave one.
@@ -102,7 +105,7 @@ fn check_capabilities(has: impl Fn(Cap) -> bool) -> Result<(), KvmError> {
 ///
 /// # Errors
 /// [`KvmError::Ioctl`].
-pub fn create_vm(kvm: &Kvm, memory: &GuestMemory) -> Result<Arc<VmFd>, KvmError> {
+pub fn create_vm(kvm: &Kvm, memory: &GuestMemory, root_image: Option<&RootImage>) -> Result<Arc<VmFd>, KvmError> {
     let ioctl = |ioctl| move |source| KvmError::Ioctl { ioctl, source };
     let vm = kvm.create_vm().map_err(ioctl("KVM_CREATE_VM"))?;
     // On AMD a guest has performance counters, whatever its CPUID says, unless they are taken away (Linux 5.18).
@@ -111,20 +114,30 @@ pub fn create_vm(kvm: &Kvm, memory: &GuestMemory) -> Result<Arc<VmFd>, KvmError>
         let capability = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, args: disable, ..Default::default() };
         vm.enable_cap(&capability).map_err(ioctl("KVM_ENABLE_CAP of KVM_CAP_PMU_CAPABILITY"))?;
     }
-    for (slot, region) in (0..).zip(memory.iter()) {
+    let mut slots = Vec::new();
+    for region in memory.iter() {
         let address = region.get_host_address(MemoryRegionAddress(0)).map_err(|_| KvmError::Ioctl {
             ioctl: "finding guest RAM",
             source: kvm_ioctls::Error::new(rustix::io::Errno::FAULT.raw_os_error()),
         })?;
-        let slot = kvm_userspace_memory_region {
-            slot,
-            flags: 0,
+        slots.push(kvm_userspace_memory_region {
             guest_phys_addr: region.start_addr().raw_value(),
             memory_size: region.len(),
             userspace_addr: address.addr() as u64,
-        };
-        // SAFETY: the range is a mapping of `memory`, which the machine keeps until after the VM is gone; slots are
-        // numbered once and their guest ranges do not overlap, because `memory` allows no overlap.
+            ..Default::default()
+        });
+    }
+    slots.extend(root_image.map(|image| kvm_userspace_memory_region {
+        flags: KVM_MEM_READONLY,
+        guest_phys_addr: ROOT_IMAGE_START,
+        memory_size: image.len(),
+        userspace_addr: image.address(),
+        ..Default::default()
+    }));
+    for (number, slot) in (0..).zip(slots) {
+        let slot = kvm_userspace_memory_region { slot: number, ..slot };
+        // SAFETY: the range is a mapping of `memory` or `root_image`, which the machine keeps until after the VM is gone;
+        // slots are numbered once and their guest ranges do not overlap: `memory` allows no overlap, the image is in the hole.
         unsafe { vm.set_user_memory_region(slot) }.map_err(ioctl("KVM_SET_USER_MEMORY_REGION"))?;
     }
     vm.set_tss_address(TSS_ADDRESS).map_err(ioctl("KVM_SET_TSS_ADDR"))?;

@@ -26,6 +26,7 @@ pub mod machine;
 pub mod memory;
 pub mod networks;
 pub mod probe;
+pub mod root_image;
 pub mod signals;
 pub mod vcpu;
 pub mod virtio;

@@ -28,6 +28,7 @@ use crate::legacy::i8042::{self, I8042};
 use crate::legacy::serial::{self, ConsoleTail, SerialConsole};
 use crate::memory::{self, Backing, MemoryError};
 use crate::networks::{NetworkError, Networks};
+use crate::root_image::{RootImage, RootImageError};
 use crate::signals;
 use crate::vcpu::{Buses, Vcpus};
 use crate::virtio::GuestMemory;
@@ -59,6 +60,9 @@ pub enum BuildError {
     /// The kernel.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    /// The root image.
+    #[error(transparent)]
+    RootImage(#[from] RootImageError),
     /// A boot table.
     #[error("cannot write the boot tables to guest RAM")]
     Tables(#[from] vm_memory::GuestMemoryError),
@@ -91,9 +95,10 @@ pub enum BuildError {
 
 /// A VM that is ready to run.
 pub struct Machine {
-    // The VM's memory slots point into `_memory`.
+    // The VM's memory slots point into `_memory` and `_root_image`.
     _vm: Arc<VmFd>,
     _memory: Arc<GuestMemory>,
+    _root_image: Option<RootImage>,
     vcpus: Vec<VcpuFd>,
     buses: Arc<Buses>,
     pci: Arc<PciBus>,
@@ -123,14 +128,14 @@ impl Machine {
 
         let kvm = kvm::open(config.kvm.map(|fd| take("KVM", fd)).transpose()?)?;
         let memory = memory::create(config.memory_mib)?;
-        let vm = kvm::create_vm(&kvm, &memory)?;
-        let (entry, kernel_end) = kernel::load_kernel(&memory, take("the kernel", config.kernel)?, backing)?;
-        let initramfs = match config.initramfs {
-            Some(fd) => Some(kernel::load_initramfs(&memory, take("the initramfs", fd)?, kernel_end, backing)?),
+        let root_image = match config.root_image {
+            Some(fd) => Some(RootImage::map(take("the root image", fd)?)?),
             None => None,
         };
+        let vm = kvm::create_vm(&kvm, &memory, root_image.as_ref())?;
+        let entry = kernel::load_kernel(&memory, take("the kernel", config.kernel)?, backing)?;
         kernel::write_command_line(&memory, config)?;
-        pvh::write_start_info(&memory, initramfs)?;
+        pvh::write_start_info(&memory, root_image.as_ref().map(RootImage::len))?;
         memory.write_slice(&mptable::build(config.vcpus), GuestAddress(layout::MP_TABLE))?;
         let vcpus = create_vcpus(&kvm, &vm, config.vcpus, entry)?;
 
@@ -158,7 +163,19 @@ impl Machine {
         let pio = port_bus(&pci, SerialConsole::new(tail.clone(), console), exit.clone());
         let gathered = GatheredWrites::create(&kvm, &vm, &vcpus[0], &pci.gatherable())?;
         let buses = Arc::new(Buses { pio, mmio, gathered });
-        Ok(Self { _vm: vm, _memory: memory, vcpus, buses, pci, networks, registry, exit, tail, jail })
+        Ok(Self {
+            _vm: vm,
+            _memory: memory,
+            _root_image: root_image,
+            vcpus,
+            buses,
+            pci,
+            networks,
+            registry,
+            exit,
+            tail,
+            jail,
+        })
     }
 
     /// Runs the VM to its end.

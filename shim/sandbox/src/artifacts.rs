@@ -16,7 +16,7 @@ pub struct Artifacts {
     /// The guest kernel.
     pub kernel: PathBuf,
     /// The guest image.
-    pub initramfs: PathBuf,
+    pub rootfs: PathBuf,
 }
 
 impl Artifacts {
@@ -31,7 +31,7 @@ impl Artifacts {
         Ok(Self {
             vmm: locate("the VMM", "vmm", "VMRUN_VMM", program_dir)?,
             kernel: locate("the guest kernel", "vmlinux", "VMRUN_KERNEL", program_dir)?,
-            initramfs: locate("the guest image", "initramfs", "VMRUN_INITRAMFS", program_dir)?,
+            rootfs: locate("the guest image", "rootfs.erofs", "VMRUN_ROOTFS", program_dir)?,
         })
     }
 }

@@ -62,7 +62,7 @@ impl Sandbox {
             size: request.size,
             kvm: open_kvm()?,
             kernel: open(&request.artifacts.kernel)?,
-            initramfs: open(&request.artifacts.initramfs)?,
+            root_image: open(&request.artifacts.rootfs)?,
             cgroup: request.cgroup,
             console: request.console,
             shares: request.shares,

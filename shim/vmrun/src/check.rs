@@ -62,7 +62,7 @@ fn needs() -> Vec<Line> {
     match &artifacts {
         Ok(found) => {
             lines.push(kvm_speed(probe(&found.vmm)));
-            lines.extend([version_of_vmm(&found.vmm), kernel(&found.kernel), initramfs(&found.initramfs)]);
+            lines.extend([version_of_vmm(&found.vmm), kernel(&found.kernel), rootfs(&found.rootfs)]);
         }
         Err(error) => {
             lines.push(Line::fail(
@@ -193,13 +193,13 @@ fn kernel(path: &Path) -> Line {
     }
 }
 
-fn initramfs(path: &Path) -> Line {
+fn rootfs(path: &Path) -> Line {
     match fs::metadata(path).map(|metadata| metadata.len()) {
         Ok(len) if len > 0 => Line::pass("guest image", format!("{} KiB, {}", len / 1024, path.display())),
         _ => Line::fail(
             "guest image",
             format!("{} is empty or unreadable", path.display()),
-            "build it with `make build`, or point VMRUN_INITRAMFS at one",
+            "build it with `make build`, or point VMRUN_ROOTFS at one",
         ),
     }
 }

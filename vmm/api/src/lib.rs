@@ -36,8 +36,9 @@ pub struct VmConfig {
     pub memory_mib: u32,
     /// The guest kernel: an uncompressed ELF `vmlinux` with a PVH note.
     pub kernel: Fd,
-    /// The initramfs, copied to guest RAM.
-    pub initramfs: Option<Fd>,
+    /// The guest's root file system: an EROFS image of a multiple of 2 MiB. Guests execute it in place, so it must not change
+    /// while one runs.
+    pub root_image: Option<Fd>,
     /// Words added to the kernel command line that the VMM composes.
     pub cmdline: String,
     /// Where the guest's serial console goes; without it only the last lines are kept, for error reports.
@@ -56,7 +57,7 @@ impl VmConfig {
     /// Every descriptor that it names.
     #[must_use]
     pub fn fds(&self) -> Vec<Fd> {
-        let one = [Some(self.kernel), Some(self.control), self.kvm, self.cgroup, self.initramfs, self.console];
+        let one = [Some(self.kernel), Some(self.control), self.kvm, self.cgroup, self.root_image, self.console];
         let ports = self.vsock.iter().flat_map(|vsock| &vsock.host_ports).map(|port| port.socket);
         let shares = self.shares.iter().map(|share| share.root);
         let networks = self.networks.iter().flat_map(|network| network.fds.iter().copied());

@@ -22,6 +22,9 @@ struct Cli {
     /// The compiled `tests/bench/marker.rs`.
     #[arg(long)]
     marker: PathBuf,
+    /// The agent as an initramfs, for QEMU.
+    #[arg(long)]
+    initramfs: PathBuf,
     /// Where the counts of each run go.
     #[arg(long)]
     json: PathBuf,
@@ -46,7 +49,7 @@ const SUBJECTS: [(&str, Run); 6] = [
 
 fn main() -> Result<()> {
     let cli = Cli::parse();
-    let subjects = Subjects::create(&cli.marker)?;
+    let subjects = Subjects::create(&cli.marker, cli.initramfs)?;
     // What is read for the first time comes from the disk.
     for (name, run) in SUBJECTS {
         counted(name, run, &subjects)?;

@@ -13,8 +13,7 @@ use crate::memory;
 use crate::trace::Trace;
 
 /// The kernel's parameters, as the VMM gives them but for the console and the way to reset: this machine has neither.
-const QEMU_COMMAND_LINE: &str =
-    "quiet loglevel=1 reboot=t panic=-1 tsc=reliable no_timer_check random.trust_cpu=on cryptomgr.notests";
+const QEMU_COMMAND_LINE: &str = "quiet loglevel=1 reboot=t panic=-1 tsc=reliable no_timer_check noreplace-smp random.trust_cpu=on cryptomgr.notests";
 /// With what the VM has beside: 128 MiB.
 const SMALL_MEMORY: &str = "32m";
 
@@ -23,17 +22,18 @@ pub(crate) struct Subjects {
     story: Story,
     trace: Trace,
     bundle: PathBuf,
+    initramfs: PathBuf,
 }
 
 impl Subjects {
     /// Makes the root file system and a bundle of it.
-    pub(crate) fn create(marker: &Path) -> Result<Self> {
+    pub(crate) fn create(marker: &Path, initramfs: PathBuf) -> Result<Self> {
         let story = Story::new();
         fs::copy(marker, story.rootfs().join("marker")).context("copy the command")?;
         let bundle = story.volume();
         bundle_of(&story.rootfs(), &bundle)?;
         let trace = Trace::create().context("make an instance of tracefs: the bench needs root")?;
-        Ok(Self { story, trace, bundle })
+        Ok(Self { story, trace, bundle, initramfs })
     }
 
     /// `vmrun run`.
@@ -60,12 +60,12 @@ impl Subjects {
 
     /// QEMU's microvm with our kernel and agent, until the agent dials the host: there is no vsock, so it resets then.
     pub(crate) fn qemu(&self) -> Result<Counts> {
-        let artifact = |variable| std::env::var(variable).with_context(|| format!("{variable} is not set"));
         let mut command = Command::new("qemu-system-x86_64");
         command.args(["-M", "microvm,pit=off,pic=off,rtc=off,isa-serial=off,auto-kernel-cmdline=off", "-accel", "kvm"]);
         command.args(["-cpu", "host", "-smp", "1", "-m", "608", "-nodefaults", "-no-user-config", "-display", "none"]);
         command.args(["-no-reboot", "-append", QEMU_COMMAND_LINE]);
-        command.args(["-kernel", &artifact("VMRUN_KERNEL")?, "-initrd", &artifact("VMRUN_INITRAMFS")?]);
+        let kernel = std::env::var("VMRUN_KERNEL").context("VMRUN_KERNEL is not set")?;
+        command.args(["-kernel", &kernel, "-initrd"]).arg(&self.initramfs);
         self.record(&[], &command)
     }
 

@@ -3,15 +3,13 @@
 //! ```text
 //!   0x0000_0000  RAM        0x6000 PVH start info, 0x7000 memory map, 0x2_0000 command line
 //!   0x0009_fc00  reserved   0xf_0000 MP table
-//!   0x0010_0000  RAM        kernel; initramfs at the top of low RAM
-//!   0xc000_0000  hole       PCI windows, then I/O APIC and local APIC
+//!   0x0010_0000  RAM        kernel
+//!   0xc000_0000  hole       PCI windows; 0xe000_0000 root image; I/O APIC and local APIC
 //!   0x1_0000_0000 RAM       the rest
 //! ```
 
 /// Start info of the PVH boot protocol.
 pub const PVH_START_INFO: u64 = 0x6000;
-/// List of modules, which has one entry: the initramfs.
-pub const PVH_MODULES: u64 = 0x6040;
 /// Memory map.
 pub const PVH_MEMORY_MAP: u64 = 0x7000;
 /// Kernel command line.
@@ -30,6 +28,10 @@ pub const KERNEL_START: u64 = 0x100_0000;
 pub const PCI_HOLE_START: u64 = 0xc000_0000;
 /// Memory window of the first PCI device.
 pub const PCI_WINDOW_START: u64 = 0xc000_0000;
+/// The root image, persistent memory for the guest.
+pub const ROOT_IMAGE_START: u64 = 0xe000_0000;
+/// First address behind the largest root image.
+pub const ROOT_IMAGE_END: u64 = 0xf000_0000;
 /// I/O APIC.
 pub const IOAPIC: u32 = 0xfec0_0000;
 /// Local APIC.
