@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use command_fds::{CommandFdExt as _, FdMapping};
 use vmm::control::report_exit;
@@ -22,6 +23,9 @@ const LOAD_ADDRESS: u32 = 0x10_0000;
 
 /// `out 0x80, al`, then `jmp` back to it: a guest that does nothing for ever, with an exit each time.
 pub const BUSY: [u8; 4] = [0xe6, 0x80, 0xeb, 0xfc];
+
+/// No guest here takes longer, and none of them ends by itself when it is lost: tests/kvm-host/README.md, Limits.
+const DEADLINE: Duration = Duration::from_secs(120);
 
 /// A VM that runs; its owner is this value.
 pub struct Vm {
@@ -48,6 +52,7 @@ impl Vm {
     pub fn of(config: &VmConfig) -> Self {
         let (control, theirs) = UnixStream::pair().expect("a socket pair");
         theirs.set_nonblocking(true).expect("a socket");
+        control.set_read_timeout(Some(DEADLINE)).expect("a socket");
         let machine = Machine::build(config, &mut InheritedFds::default(), Jail::default(), Backing::default())
             .expect("a machine");
         let thread = thread::spawn(move || report_exit(&theirs, machine.run(&theirs).expect("the VM runs")));
@@ -84,7 +89,7 @@ impl Vm {
 
     fn message(&mut self) -> Message {
         let mut line = String::new();
-        self.messages.read_line(&mut line).expect("a line");
+        self.messages.read_line(&mut line).expect("a line in time");
         serde_json::from_str(&line).unwrap_or_else(|error| panic!("{line:?}: {error}"))
     }
 }

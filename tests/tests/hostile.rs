@@ -25,6 +25,8 @@ const CASE_DEADLINE: Duration = Duration::from_secs(60);
 /// The VMM's own memory beside the guest's RAM, at its peak.
 const MOST_OWN_MEMORY_KIB: u64 = 48 << 10;
 const RAM_MIB: u32 = 128;
+/// What the guest has as its root image, as long as it takes it to be.
+static ROOT_IMAGE: [u8; 2 << 20] = [0x5a; 2 << 20];
 
 /// The VMM with the guest, and what it talks to.
 struct Hostile {
@@ -50,12 +52,13 @@ fn describe() -> VmConfig {
         shares: vec![ShareConfig { tag: "share".to_owned(), root: Fd(6), cache: CachePolicy::Never }],
         vsock: Some(VsockConfig { guest_cid: 3, host_ports: vec![HostPort { port: 1024, socket: Fd(7) }] }),
         networks: vec![NetConfig { device, fds: vec![Fd(8)] }],
+        root_image: Some(Fd(9)),
         ..config(Fd(4))
     }
 }
 
 impl Hostile {
-    fn start(share: OwnedFd) -> Self {
+    fn start(share: OwnedFd, root_image: OwnedFd) -> Self {
         let guest = std::env::var_os("HOSTILE_GUEST").expect("HOSTILE_GUEST names the guest: use `make test`");
         let (control, theirs) = UnixStream::pair().expect("a socket pair");
         let (console, console_end) = std::io::pipe().expect("a pipe");
@@ -64,7 +67,7 @@ impl Hostile {
         let (net, net_end) = UnixStream::pair().expect("a socket pair");
         // In the order of the numbers in the configuration, 3 and up.
         let guest = File::open(guest).expect("the guest is built");
-        let passed = vec![theirs.into(), guest.into(), console_end.into(), share, port_end, net_end.into()];
+        let passed = vec![theirs.into(), guest.into(), console_end.into(), share, port_end, net_end.into(), root_image];
         let vmm = guest::vmm(&describe(), passed).spawn().expect("the VMM starts");
         thread::spawn(move || accept(&port));
         thread::spawn(move || std::io::copy(&mut &net, &mut std::io::sink()));
@@ -142,7 +145,9 @@ fn no_case_of_the_hostile_guest_harms_the_vmm_or_the_host() {
     fs::write(&outside, "untouched").expect("a file beside the share");
     let directory = Rootfs::Directory { path: story.volume(), read_only: false };
     let share = rootfs_tree(directory, &story.volume()).expect("the volume is shared");
-    let mut hostile = Hostile::start(share);
+    let root_image = story.scratch().join("root-image");
+    fs::write(&root_image, &ROOT_IMAGE[..]).expect("an image");
+    let mut hostile = Hostile::start(share, File::open(&root_image).expect("the image").into());
 
     let first = hostile.verdict("nothing");
     let descriptors_before = hostile.descriptor_count();
@@ -164,6 +169,7 @@ fn no_case_of_the_hostile_guest_harms_the_vmm_or_the_host() {
     assert!(hostile.vmm.wait().expect("waited").code().is_some());
 
     assert_eq!(fs::read_to_string(&outside).expect("still there"), "untouched");
+    assert!(fs::read(&root_image).expect("still there")[..] == ROOT_IMAGE[..], "the root image was written");
     let mut left: Vec<_> =
         fs::read_dir(story.volume()).expect("the share").map(|entry| entry.expect("an entry").file_name()).collect();
     left.sort();

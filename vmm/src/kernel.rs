@@ -38,7 +38,8 @@ pub enum KernelError {
 }
 
 /// Always on the command line. `reboot=k` resets through the keyboard controller, `panic=-1` does it at once; the MP table
-/// is all the firmware there is, and the configuration mechanism of PCI needs no probing.
+/// is all the firmware there is, and the configuration mechanism of PCI needs no probing. A kernel that finds one CPU would
+/// take out each LOCK prefix, with a switch of page tables for each, and put them back when it finds more: `noreplace-smp`.
 const COMMAND_LINE_BASE: &str = "reboot=k panic=-1 pci=conf1,lastbus=0 i8042.noaux i8042.nokbd i8042.nopnp i8042.dumbkbd \
      random.trust_cpu=on tsc=reliable no_timer_check noreplace-smp cryptomgr.notests";
 /// Without a console nothing is printed until something goes wrong: the early console costs exits only for messages that

@@ -105,7 +105,7 @@ fn check_capabilities(has: impl Fn(Cap) -> bool) -> Result<(), KvmError> {
 ///
 /// # Errors
 /// [`KvmError::Ioctl`].
-pub fn create_vm(kvm: &Kvm, memory: &GuestMemory, root_image: Option<&RootImage>) -> Result<Arc<VmFd>, KvmError> {
+pub fn create_vm(kvm: &Kvm, memory: &GuestMemory, root_image: Option<RootImage>) -> Result<Arc<VmFd>, KvmError> {
     let ioctl = |ioctl| move |source| KvmError::Ioctl { ioctl, source };
     let vm = kvm.create_vm().map_err(ioctl("KVM_CREATE_VM"))?;
     // On AMD a guest has performance counters, whatever its CPUID says, unless they are taken away (Linux 5.18).
@@ -130,13 +130,14 @@ pub fn create_vm(kvm: &Kvm, memory: &GuestMemory, root_image: Option<&RootImage>
     slots.extend(root_image.map(|image| kvm_userspace_memory_region {
         flags: KVM_MEM_READONLY,
         guest_phys_addr: ROOT_IMAGE_START,
-        memory_size: image.len(),
-        userspace_addr: image.address(),
+        memory_size: image.size,
+        userspace_addr: image.address,
         ..Default::default()
     }));
     for (number, slot) in (0..).zip(slots) {
         let slot = kvm_userspace_memory_region { slot: number, ..slot };
-        // SAFETY: the range is a mapping of `memory` or `root_image`, which the machine keeps until after the VM is gone;
+        // SAFETY: the range is a mapping of `memory`, which the machine keeps until after the VM is gone, or of the root
+        // image, which stays;
         // slots are numbered once and their guest ranges do not overlap: `memory` allows no overlap, the image is in the hole.
         unsafe { vm.set_user_memory_region(slot) }.map_err(ioctl("KVM_SET_USER_MEMORY_REGION"))?;
     }

@@ -95,10 +95,9 @@ pub enum BuildError {
 
 /// A VM that is ready to run.
 pub struct Machine {
-    // The VM's memory slots point into `_memory` and `_root_image`.
+    // The VM's memory slots point into `_memory`.
     _vm: Arc<VmFd>,
     _memory: Arc<GuestMemory>,
-    _root_image: Option<RootImage>,
     vcpus: Vec<VcpuFd>,
     buses: Arc<Buses>,
     pci: Arc<PciBus>,
@@ -132,10 +131,10 @@ impl Machine {
             Some(fd) => Some(RootImage::map(take("the root image", fd)?)?),
             None => None,
         };
-        let vm = kvm::create_vm(&kvm, &memory, root_image.as_ref())?;
+        let vm = kvm::create_vm(&kvm, &memory, root_image)?;
         let entry = kernel::load_kernel(&memory, take("the kernel", config.kernel)?, backing)?;
         kernel::write_command_line(&memory, config)?;
-        pvh::write_start_info(&memory, root_image.as_ref().map(RootImage::len))?;
+        pvh::write_start_info(&memory, root_image.map(|image| image.size))?;
         memory.write_slice(&mptable::build(config.vcpus), GuestAddress(layout::MP_TABLE))?;
         let vcpus = create_vcpus(&kvm, &vm, config.vcpus, entry)?;
 
@@ -163,19 +162,7 @@ impl Machine {
         let pio = port_bus(&pci, SerialConsole::new(tail.clone(), console), exit.clone());
         let gathered = GatheredWrites::create(&kvm, &vm, &vcpus[0], &pci.gatherable())?;
         let buses = Arc::new(Buses { pio, mmio, gathered });
-        Ok(Self {
-            _vm: vm,
-            _memory: memory,
-            _root_image: root_image,
-            vcpus,
-            buses,
-            pci,
-            networks,
-            registry,
-            exit,
-            tail,
-            jail,
-        })
+        Ok(Self { _vm: vm, _memory: memory, vcpus, buses, pci, networks, registry, exit, tail, jail })
     }
 
     /// Runs the VM to its end.

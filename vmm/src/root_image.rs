@@ -5,14 +5,15 @@
 //! initramfs, which is copied to RAM, unpacked there and freed: three exits and two copies for each page.
 //!
 //! It is not part of guest RAM: a device that is told to read or write here finds no memory.
+#![expect(unsafe_code, reason = "a mapping of a file")]
 
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::ptr;
 
+use rustix::mm::{MapFlags, ProtFlags, mmap};
 use thiserror::Error;
-use vm_memory::FileOffset;
-use vm_memory::mmap::{MmapRegion, MmapRegionError};
 
 use crate::arch::layout::{ROOT_IMAGE_END, ROOT_IMAGE_START};
 
@@ -28,42 +29,34 @@ pub enum RootImageError {
         /// What it is.
         size: u64,
     },
-    /// Its size cannot be had.
-    #[error("cannot read the size of the root image")]
-    Metadata(#[source] io::Error),
-    /// The host refused the mapping.
+    /// The host refused its size or the mapping.
     #[error("cannot map the root image")]
-    Map(#[from] MmapRegionError),
+    Map(#[source] io::Error),
 }
 
-/// A mapping of the file, read-only, for as long as this lives.
-#[derive(Debug)]
-pub struct RootImage(MmapRegion);
+/// A mapping of the file, read-only, for the lifetime of the process.
+#[derive(Clone, Copy, Debug)]
+pub struct RootImage {
+    /// Where it is in this process.
+    pub address: u64,
+    /// How long it is, in bytes.
+    pub size: u64,
+}
 
 impl RootImage {
-    /// Maps the file. Whoever replaces it must do so by renaming: what is written to it, guests see.
+    /// Maps the file and closes it. Whoever replaces it must do so by renaming: what is written to it, guests see.
     ///
     /// # Errors
     /// Each variant of [`RootImageError`].
     pub fn map(file: OwnedFd) -> Result<Self, RootImageError> {
         let file = File::from(file);
-        let size = file.metadata().map_err(RootImageError::Metadata)?.len();
+        let size = file.metadata().map_err(RootImageError::Map)?.len();
         let fits = size > 0 && size.is_multiple_of(ALIGNMENT) && size <= ROOT_IMAGE_END - ROOT_IMAGE_START;
         let len = usize::try_from(size).ok().filter(|_| fits).ok_or(RootImageError::Size { size })?;
-        Ok(Self(MmapRegion::build(Some(FileOffset::new(file, 0)), len, libc::PROT_READ, libc::MAP_PRIVATE)?))
-    }
-
-    /// Where it is in this process.
-    #[must_use]
-    pub fn address(&self) -> u64 {
-        self.0.as_ptr().addr() as u64
-    }
-
-    /// How long it is, in bytes.
-    #[must_use]
-    #[expect(clippy::len_without_is_empty, reason = "an empty one is refused")]
-    pub fn len(&self) -> u64 {
-        self.0.size() as u64
+        // SAFETY: the kernel chooses where, so nothing that is mapped is changed.
+        let mapped = unsafe { mmap(ptr::null_mut(), len, ProtFlags::READ, MapFlags::PRIVATE, &file, 0) };
+        let address = mapped.map_err(|error| RootImageError::Map(error.into()))?.addr() as u64;
+        Ok(Self { address, size })
     }
 }
 
@@ -82,7 +75,7 @@ mod tests {
 
     #[test]
     fn whole_multiples_that_fit_are_taken() {
-        assert_eq!(RootImage::map(file(4 << 20)).expect("mapped").len(), 4 << 20);
+        assert_eq!(RootImage::map(file(4 << 20)).expect("mapped").size, 4 << 20);
         for size in [0, 4096, (2 << 20) + 1, ROOT_IMAGE_END - ROOT_IMAGE_START + (2 << 20)] {
             let error = RootImage::map(file(size)).expect_err("refused");
             assert!(matches!(error, RootImageError::Size { size: named } if named == size));

@@ -12,6 +12,10 @@ global_asm!(include_str!("boot.s"));
 pub const OWN_MEMORY: u64 = 0x200_0000;
 /// First address behind the RAM of the VM that the story makes.
 pub const RAM_END: u64 = 0x800_0000;
+/// The root image, which the story makes of 2 MiB.
+pub const ROOT_IMAGE: u64 = 0xe000_0000;
+/// First address behind it.
+pub const ROOT_IMAGE_END: u64 = 0xe020_0000;
 
 #[unsafe(no_mangle)]
 static RESUME_AT: AtomicU64 = AtomicU64::new(0);

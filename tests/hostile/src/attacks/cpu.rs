@@ -1,6 +1,9 @@
 //! What a CPU can do to its hypervisor: memory and ports without a device, model-specific registers, odd instructions, hypercalls.
 
-use crate::machine::{Odd, Width as _, cpuid, hypercall, read, read_counter, read_msr, run_odd, write, write_msr};
+use crate::machine::{
+    Odd, ROOT_IMAGE, ROOT_IMAGE_END, Width as _, cpuid, hypercall, read, read_counter, read_msr, run_odd, write,
+    write_msr,
+};
 use crate::{Report, Verdict};
 
 /// Physical addresses without a device.
@@ -45,6 +48,7 @@ pub fn attack(report: &mut Report) {
     for (name, address) in NOWHERE.into_iter().chain([("far-away", FAR_AWAY)]) {
         report.tell(format_args!("cpu/memory/{name}"), touch(address));
     }
+    report.tell(format_args!("cpu/memory/root-image"), cannot_write_the_root_image());
     for (name, from, to) in [("low", 0, 0x400), ("middle", 0x400, 0xc00), ("high", 0xfc00, 0xffff)] {
         report.tell(format_args!("cpu/ports/{name}"), ports(from, to));
     }
@@ -100,6 +104,19 @@ fn touch(address: u64) -> Verdict {
         write(address + at, u64::MAX);
     }
     if read::<u32>(address) == u32::MAX { Ok(()) } else { Err("something is there") }
+}
+
+/// The VMs of a host have the pages of their root image in common.
+fn cannot_write_the_root_image() -> Verdict {
+    for address in (ROOT_IMAGE..ROOT_IMAGE_END).step_by(0x1_0008).chain([ROOT_IMAGE_END - 8]) {
+        let before = read::<u64>(address);
+        write(address, !before);
+        write(address, u8::MAX);
+        if read::<u64>(address) != before {
+            return Err("it can be written");
+        }
+    }
+    Ok(())
 }
 
 /// All but those that end the VM (0x64), speak (the console) or select a register of the bus.

@@ -1,7 +1,7 @@
 //! Descriptors and rings that no driver makes (VIRTIO 1.2, 2.7), on each queue of a device.
 
 use super::exchange::works;
-use crate::machine::{RAM_END, write};
+use crate::machine::{RAM_END, ROOT_IMAGE, write};
 use crate::virtio::*;
 use crate::{Report, Verdict};
 
@@ -14,6 +14,7 @@ const ATTACKS: &[(&str, Attack)] = &[
     ("readable-buffer-behind-ram", |_, queue| one(queue, RAM_END, 64, 0)),
     ("readable-buffer-across-the-end-of-ram", |_, queue| one(queue, RAM_END - 8, 4096, 0)),
     ("buffer-in-the-hole", |_, queue| one(queue, 0xd000_0000, 4096, WRITE)),
+    ("buffer-in-the-root-image", |_, queue| one(queue, ROOT_IMAGE, 4096, WRITE)),
     ("buffer-on-a-device", |device, queue| one(queue, device.window, 4096, WRITE)),
     ("buffer-on-the-local-apic", |_, queue| one(queue, 0xfee0_0000, 4096, WRITE)),
     ("buffer-at-the-end-of-the-address-space", |_, queue| one(queue, u64::MAX - 7, 64, WRITE)),
