@@ -134,6 +134,16 @@ fn map(file: &Arc<File>, offset: u64, len: usize) -> Result<Region, MemoryError>
     Ok(builder.build()?)
 }
 
+/// Maps the first `len` bytes of a file that is not guest RAM, for the lifetime of the process; returns where.
+///
+/// # Errors
+/// When the host refuses.
+pub fn map_read_only(file: &File, len: usize) -> io::Result<u64> {
+    // SAFETY: the kernel chooses where, so nothing that is mapped is changed.
+    let mapped = unsafe { mmap(ptr::null_mut(), len, ProtFlags::READ, MapFlags::PRIVATE, file, 0) };
+    Ok(mapped?.addr() as u64)
+}
+
 /// A file whose size nobody can change any more: a mapping of it never faults for being cut short.
 fn ram_file(size: u64) -> io::Result<File> {
     let file = File::from(rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);

@@ -5,17 +5,15 @@
 //! initramfs, which is copied to RAM, unpacked there and freed: three exits and two copies for each page.
 //!
 //! It is not part of guest RAM: a device that is told to read or write here finds no memory.
-#![expect(unsafe_code, reason = "a mapping of a file")]
 
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::ptr;
 
-use rustix::mm::{MapFlags, ProtFlags, mmap};
 use thiserror::Error;
 
 use crate::arch::layout::{ROOT_IMAGE_END, ROOT_IMAGE_START};
+use crate::memory;
 
 /// Why a file cannot be the root of the guest.
 #[derive(Debug, Error)]
@@ -53,9 +51,7 @@ impl RootImage {
         let size = file.metadata().map_err(RootImageError::Map)?.len();
         let fits = size > 0 && size.is_multiple_of(ALIGNMENT) && size <= ROOT_IMAGE_END - ROOT_IMAGE_START;
         let len = usize::try_from(size).ok().filter(|_| fits).ok_or(RootImageError::Size { size })?;
-        // SAFETY: the kernel chooses where, so nothing that is mapped is changed.
-        let mapped = unsafe { mmap(ptr::null_mut(), len, ProtFlags::READ, MapFlags::PRIVATE, &file, 0) };
-        let address = mapped.map_err(|error| RootImageError::Map(error.into()))?.addr() as u64;
+        let address = memory::map_read_only(&file, len).map_err(RootImageError::Map)?;
         Ok(Self { address, size })
     }
 }
