@@ -137,8 +137,8 @@ pub fn create_vm(kvm: &Kvm, memory: &GuestMemory, root_image: Option<RootImage>)
     for (number, slot) in (0..).zip(slots) {
         let slot = kvm_userspace_memory_region { slot: number, ..slot };
         // SAFETY: the range is a mapping of `memory`, which the machine keeps until after the VM is gone, or of the root
-        // image, which stays;
-        // slots are numbered once and their guest ranges do not overlap: `memory` allows no overlap, the image is in the hole.
+        // image, which stays; slots are numbered once and their guest ranges do not overlap: `memory` allows no overlap,
+        // and the image is in the hole.
         unsafe { vm.set_user_memory_region(slot) }.map_err(ioctl("KVM_SET_USER_MEMORY_REGION"))?;
     }
     vm.set_tss_address(TSS_ADDRESS).map_err(ioctl("KVM_SET_TSS_ADDR"))?;

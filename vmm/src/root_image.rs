@@ -15,6 +15,9 @@ use thiserror::Error;
 use crate::arch::layout::{ROOT_IMAGE_END, ROOT_IMAGE_START};
 use crate::memory;
 
+/// By how much Linux maps persistent memory.
+const ALIGNMENT: u64 = 2 << 20;
+
 /// Why a file cannot be the root of the guest.
 #[derive(Debug, Error)]
 pub enum RootImageError {
@@ -55,9 +58,6 @@ impl RootImage {
         Ok(Self { address, size })
     }
 }
-
-/// By how much Linux maps persistent memory.
-const ALIGNMENT: u64 = 2 << 20;
 
 #[cfg(test)]
 mod tests {

@@ -13,7 +13,8 @@ use crate::memory;
 use crate::trace::Trace;
 
 /// The kernel's parameters, as the VMM gives them but for the console and the way to reset: this machine has neither.
-const QEMU_COMMAND_LINE: &str = "quiet loglevel=1 reboot=t panic=-1 tsc=reliable no_timer_check noreplace-smp random.trust_cpu=on cryptomgr.notests";
+const QEMU_COMMAND_LINE: &str = "quiet loglevel=1 reboot=t panic=-1 tsc=reliable no_timer_check noreplace-smp \
+     random.trust_cpu=on cryptomgr.notests";
 /// With what the VM has beside: 128 MiB.
 const SMALL_MEMORY: &str = "32m";
 

@@ -1,5 +1,5 @@
-//! The PVH boot protocol (Xen's `start_info.h`, boot ABI version 1): where the kernel finds its command line
-//! and its memory map.
+//! The PVH boot protocol (Xen's `start_info.h`, boot ABI version 1): where the kernel finds its command line and its
+//! memory map.
 
 use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_start_info};
 use vm_memory::{Address as _, Bytes as _, GuestAddress, GuestMemory as _, GuestMemoryError, GuestMemoryRegion as _};
@@ -13,18 +13,18 @@ const MEMMAP_RAM: u32 = 1;
 /// Linux makes a pmem device of such a range (E820_TYPE_PRAM), without probing a bus.
 const MEMMAP_PERSISTENT: u32 = 12;
 
-/// Writes the start info; `root_image_len` is the length of the root image, in bytes.
+/// Writes the start info; `root_image_size` is that of the root image, in bytes.
 ///
 /// # Errors
 /// When guest RAM is too small.
-pub fn write_start_info(memory: &GuestMemory, root_image_len: Option<u64>) -> Result<(), GuestMemoryError> {
+pub fn write_start_info(memory: &GuestMemory, root_image_size: Option<u64>) -> Result<(), GuestMemoryError> {
     let mut map = vec![hvm_memmap_table_entry { addr: 0, size: LOW_RAM_END, type_: MEMMAP_RAM, reserved: 0 }];
     for region in memory.iter() {
         let start = region.start_addr().raw_value().max(HIMEM_START);
         let end = region.start_addr().raw_value() + region.len();
         map.push(hvm_memmap_table_entry { addr: start, size: end - start, type_: MEMMAP_RAM, reserved: 0 });
     }
-    if let Some(size) = root_image_len {
+    if let Some(size) = root_image_size {
         map.push(hvm_memmap_table_entry { addr: ROOT_IMAGE_START, size, type_: MEMMAP_PERSISTENT, reserved: 0 });
     }
     let mut at = GuestAddress(PVH_MEMORY_MAP);
@@ -52,9 +52,9 @@ mod tests {
     use super::super::layout::{HIGH_RAM_START, PCI_HOLE_START, ROOT_IMAGE_START};
     use super::{HIMEM_START, LOW_RAM_END, PVH_MEMORY_MAP, PVH_START_INFO, write_start_info};
 
-    fn memory_map(memory_mib: u32, root_image_len: Option<u64>) -> Vec<(u64, u64, u32)> {
+    fn memory_map(memory_mib: u32, root_image_size: Option<u64>) -> Vec<(u64, u64, u32)> {
         let memory = crate::memory::create(memory_mib).expect("memory");
-        write_start_info(&memory, root_image_len).expect("written");
+        write_start_info(&memory, root_image_size).expect("written");
         let info: hvm_start_info = memory.read_obj(GuestAddress(PVH_START_INFO)).expect("in RAM");
         assert_eq!((info.magic, info.memmap_paddr, info.nr_modules), (0x336e_c578, PVH_MEMORY_MAP, 0));
         let entry = |index: u32| -> hvm_memmap_table_entry {
