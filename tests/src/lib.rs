@@ -106,13 +106,20 @@ impl Story {
         format!("rootfs:{}", self.rootfs().display())
     }
 
-    /// `vmrun` with this story's folders and these arguments.
+    /// `vmrun` with this story's folders and these arguments. A container that asks for no memory gets less than `vmrun` would give it:
+    /// a guest initialises a descriptor of each page at boot, which takes a twentieth of the emulated host's time for a short one.
     #[must_use]
     pub fn vmrun(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(std::env::var_os("VMRUN").expect("VMRUN names the program: use `make test`"));
         command.arg("--root").arg(self.dir.path().join("run")).arg("--data-root").arg(self.dir.path().join("data"));
         command.arg("--cgroup-parent").arg(self.cgroup_parent());
-        command.args(arguments).stdin(Stdio::null());
+        match arguments {
+            ["run", options @ ..] if !options.contains(&"--memory") => {
+                command.args(["run", "--memory", "128m"]).args(options)
+            }
+            arguments => command.args(arguments),
+        };
+        command.stdin(Stdio::null());
         command
     }
 
@@ -120,7 +127,7 @@ impl Story {
     #[must_use]
     pub fn run(&self, options: &[&str], command: &[&str]) -> Outcome {
         let image = self.image();
-        let arguments = [&["run", "--rm"], memory(options), options, &[&image], command].concat();
+        let arguments = [&["run", "--rm"], options, &[&image], command].concat();
         Outcome::of(self.vmrun(&arguments).output().expect("vmrun starts"))
     }
 
@@ -136,7 +143,7 @@ impl Story {
     /// When it does not start.
     pub fn detach(&self, name: &str, options: &[&str], command: &[&str]) {
         let image = self.image();
-        let arguments = [&["run", "--detach", "--name", name], memory(options), options, &[&image], command].concat();
+        let arguments = [&["run", "--detach", "--name", name], options, &[&image], command].concat();
         let started = self.call(&arguments);
         assert_eq!(started.success(), format!("{name}\n"), "{started:?}");
     }
@@ -164,7 +171,7 @@ impl Story {
     /// When it does not start.
     #[must_use]
     pub fn start_image(&self, name: &str, image: &str, command: &[&str]) -> Background {
-        let arguments = [&["run", "--rm", "--name", name], memory(&[]), &[image], command].concat();
+        let arguments = [&["run", "--rm", "--name", name][..], &[image], command].concat();
         let mut child = self.vmrun(&arguments).stdout(Stdio::piped()).spawn().expect("vmrun starts");
         // The command's first line says that it runs.
         let mut first = [0; 1];
@@ -172,12 +179,6 @@ impl Story {
         std::io::Read::read_exact(stdout, &mut first).expect("the command prints a line when it runs");
         Background { child }
     }
-}
-
-/// Less than `vmrun` gives by itself, unless the story asks for some: a guest initialises a descriptor of each page at boot, which
-/// takes a twentieth of the emulated host's time for a short container.
-fn memory(options: &[&str]) -> &'static [&'static str] {
-    if options.contains(&"--memory") { &[] } else { &["--memory", "128m"] }
 }
 
 impl Drop for Story {

@@ -1,18 +1,49 @@
 //! The thread on which devices are started and reset, so that vCPUs and the event loop need not be allowed what that takes:
 //! to make threads and descriptors, and to open shares. Owns no device.
 
+use std::collections::VecDeque;
 use std::io;
-use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
+use crate::event_loop::lock;
 use crate::jail::{Jail, ThreadKind};
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// Hands work to the thread, which ends with the last of these.
+/// Values from one thread to another. Not a channel of the standard library: its receiver yields while a sender is between two
+/// steps, and no filter has sched_yield(2).
+struct Queue<T> {
+    values: Mutex<VecDeque<T>>,
+    added: Condvar,
+}
+
+impl<T> Queue<T> {
+    fn new() -> Arc<Self> {
+        Arc::new(Self { values: Mutex::new(VecDeque::new()), added: Condvar::new() })
+    }
+
+    fn put(&self, value: T) {
+        lock(&self.values).push_back(value);
+        self.added.notify_one();
+    }
+
+    /// Waits for the next.
+    fn take(&self) -> T {
+        let mut values = lock(&self.values);
+        loop {
+            if let Some(value) = values.pop_front() {
+                return value;
+            }
+            values = self.added.wait(values).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// Hands work to the thread, which lives as long as the process.
 #[derive(Clone)]
 pub struct DeviceThread {
-    jobs: Sender<Job>,
+    jobs: Arc<Queue<Job>>,
     jail: Jail,
 }
 
@@ -22,29 +53,28 @@ impl DeviceThread {
     /// # Errors
     /// When the host refuses a thread.
     pub fn start(jail: Jail) -> io::Result<Self> {
-        let (jobs, queued) = mpsc::channel::<Job>();
-        let own_jail = jail.clone();
+        let jobs = Queue::<Job>::new();
+        let (own_jail, queued) = (jail.clone(), jobs.clone());
         thread::Builder::new().name("devices".to_owned()).spawn(move || {
             own_jail.confine(ThreadKind::Devices);
-            queued.into_iter().for_each(|job| job());
+            loop {
+                queued.take()();
+            }
         })?;
         Ok(Self { jobs, jail })
     }
 
-    /// Does `work` there, and waits for it. What is done there must not wait for the caller.
+    /// Does `work` there, and waits for it; a panic there ends the process. What is done there must not wait for the caller.
     pub fn call<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
-        let (done, result) = mpsc::channel();
-        self.post(move || {
-            // The caller waits.
-            let _ = done.send(work());
-        });
-        result.recv().expect("a panic of the thread ends the process")
+        let done = Queue::new();
+        let result = done.clone();
+        self.post(move || done.put(work()));
+        result.take()
     }
 
     /// Does `work` there, some time.
     pub fn post(&self, work: impl FnOnce() + Send + 'static) {
-        // The thread takes jobs as long as there is a sender.
-        let _ = self.jobs.send(Box::new(work));
+        self.jobs.put(Box::new(work));
     }
 
     /// Starts a thread that is confined from its beginning; called on this thread only.

@@ -242,7 +242,8 @@ async fn watch_child(
 
 fn killed_by(signal: i32) -> Exit {
     if signal == Signal::SYS.as_raw() {
-        return unexplained("a thread made a system call that its filter does not have, and was ended".to_owned());
+        let detail = "a thread made a system call that its filter does not have: the host's kernel log has its number, see `dmesg | grep type=1326`";
+        return unexplained(detail.to_owned());
     }
     Exit { reason: ExitReason::Signal { signal }, console_tail: String::new() }
 }

@@ -4,7 +4,7 @@
 //!   0x0000_0000  RAM        0x6000 PVH start info, 0x7000 memory map, 0x2_0000 command line
 //!   0x0009_fc00  reserved   0xf_0000 MP table
 //!   0x0010_0000  RAM        kernel
-//!   0xc000_0000  hole       PCI windows; 0xe000_0000 root image; I/O APIC and local APIC
+//!   0xc000_0000  hole       PCI windows; 0xe000_0000 root image; local APIC
 //!   0x1_0000_0000 RAM       the rest
 //! ```
 
@@ -32,8 +32,6 @@ pub const PCI_WINDOW_START: u64 = 0xc000_0000;
 pub const ROOT_IMAGE_START: u64 = 0xe000_0000;
 /// First address behind the largest root image.
 pub const ROOT_IMAGE_END: u64 = 0xf000_0000;
-/// I/O APIC.
-pub const IOAPIC: u32 = 0xfec0_0000;
 /// Local APIC.
 pub const LAPIC: u32 = 0xfee0_0000;
 /// RAM above 4 GiB.

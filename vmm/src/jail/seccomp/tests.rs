@@ -3,10 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Command, ExitStatus};
+use std::sync::{Arc, Barrier};
 
 use syscalls::Sysno;
 
 use super::{Allowed, Filters, ThreadKind, When, rules};
+use crate::device_thread::DeviceThread;
+use crate::jail::Jail;
 
 fn count(kind: ThreadKind) -> usize {
     rules(kind).expect("rules").len()
@@ -96,4 +99,36 @@ fn a_call_that_is_not_listed_ends_the_process() {
         "signal" => drop(rustix::process::kill_process_group(rustix::process::getpid(), rustix::process::Signal::HUP)),
         _ => std::process::exit(0),
     }
+}
+
+/// Often enough that threads meet in the middle of a step.
+const HAND_OVERS: u32 = 40_000;
+
+#[test]
+fn a_vcpu_hands_work_to_the_device_thread() {
+    const TEST: &str = "jail::seccomp::tests::a_vcpu_hands_work_to_the_device_thread";
+    if std::env::var_os(PART).is_none() {
+        let ended = end_of(TEST, "all");
+        assert_eq!((ended.signal(), ended.code()), (None, Some(0)));
+        return;
+    }
+    let jail = Jail { filters: Some(Arc::new(Filters::load().expect("filters"))) };
+    let device_thread = DeviceThread::start(jail.clone()).expect("a thread");
+    let done = Arc::new(Barrier::new(17));
+    for _ in 1..17 {
+        let (jail, device_thread, done) = (jail.clone(), device_thread.clone(), done.clone());
+        std::thread::spawn(move || {
+            jail.confine(ThreadKind::Vcpu);
+            for sent in 0..HAND_OVERS {
+                assert_eq!(device_thread.call(move || sent), sent);
+            }
+            done.wait();
+            // As a vCPU's thread, it never ends.
+            loop {
+                std::thread::park();
+            }
+        });
+    }
+    done.wait();
+    std::process::exit(0);
 }
