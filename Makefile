@@ -11,19 +11,21 @@ hostile = cd tests/hostile && CARGO_TARGET_DIR=$(target)/hostile cargo
 
 # vmrun and the shim, with the three files that they look for beside themselves.
 build: packages
-	$(MAKE) --jobs=2 dynamic-programs static-programs
+	$(MAKE) --jobs=3 dynamic-programs static-programs guest-kernel
 	install -m 755 $(static)/release/vmm $(release)/vmm
 	$(release)/rootfs --agent $(static)/guest/agent --output $(release)/rootfs.erofs
-	ln -sf "$$(guest-kernel/build)" $(release)/vmlinux
 
 # Side by side: the last steps of each keep one CPU busy for minutes.
-.PHONY: dynamic-programs static-programs
+.PHONY: dynamic-programs static-programs guest-kernel
 dynamic-programs:
 	cargo build --release -p vmrun -p containerd-shim-vm-v2 -p rootfs
 static-programs:
 	$(static_env) cargo build --release -p vmm --target x86_64-unknown-linux-gnu --target-dir $(target)/static
 	$(static_env) cargo rustc --profile guest -p agent --target x86_64-unknown-linux-gnu --target-dir $(target)/static \
 	  -- -C link-arg=-Wl,-z,pack-relative-relocs
+guest-kernel:
+	mkdir -p $(release)
+	ln -sf "$$(guest-kernel/build)" $(release)/vmlinux
 
 # A Debian container with Python in a microVM.
 run: build
