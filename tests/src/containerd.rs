@@ -20,7 +20,7 @@ pub use fifo::Streams;
 pub use packages::Release;
 use rustix::process::{Pid, Signal, kill_process};
 pub use spec::process;
-pub use tell::{Check, tell, unless_full};
+pub use tell::{Check, share_of, tell, tell_share};
 
 use crate::{Outcome, eventually, outcome};
 

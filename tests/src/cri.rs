@@ -12,8 +12,8 @@ use k8s_cri::v1::{
     ExecSyncRequest, ImageSpec, LinuxContainerConfig, LinuxContainerResources, LinuxContainerSecurityContext,
     LinuxPodSandboxConfig, LinuxSandboxSecurityContext, ListPodSandboxRequest, Mount, NamespaceMode, NamespaceOption,
     PodSandboxConfig, PodSandboxMetadata, PodSandboxStatus, PodSandboxStatusRequest, RemoveContainerRequest,
-    RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
-    UpdateContainerResourcesRequest,
+    RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StatusRequest, StopContainerRequest,
+    StopPodSandboxRequest, UpdateContainerResourcesRequest,
 };
 use tonic::transport::Channel;
 use tonic::{IntoRequest, Request, Status};
@@ -47,11 +47,16 @@ impl Cri {
     /// When the plugin does not answer.
     pub async fn connect(containerd: &Containerd) -> Self {
         let inner = containerd_client::connect(containerd.socket()).await.expect("containerd listens");
-        Self {
-            runtime: RuntimeServiceClient::new(inner),
-            dir: containerd.path("logs"),
-            cgroup_parent: format!("/{}", containerd.namespace()),
-        }
+        let mut runtime = RuntimeServiceClient::new(inner);
+        // For a moment after its start the plugin refuses everything; the kubelet asks again as well.
+        let initialized = async {
+            while let Err(status) = runtime.status(limited(StatusRequest::default())).await {
+                assert!(status.message().contains("not initialized"), "{status}");
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+        };
+        tokio::time::timeout(DEADLINE, initialized).await.expect("the plugin is initialized");
+        Self { runtime, dir: containerd.path("logs"), cgroup_parent: format!("/{}", containerd.namespace()) }
     }
 
     /// Runs a pod's sandbox; returns the pod.

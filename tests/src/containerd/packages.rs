@@ -19,6 +19,9 @@ pub enum Release {
 }
 
 impl Release {
+    /// How many there are.
+    pub(super) const COUNT: usize = 3;
+
     /// Its name, which is the folder's.
     #[must_use]
     pub fn name(self) -> &'static str {
