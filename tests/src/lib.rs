@@ -4,10 +4,11 @@
 
 mod terminal;
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
@@ -44,6 +45,7 @@ impl Story {
     #[must_use]
     pub fn new() -> Self {
         assert!(Path::new("/dev/kvm").exists(), "stories need KVM: run them with `make test`, which uses tests/on-kvm");
+        hold_programs();
         let dir = tempfile::Builder::new().prefix("story-").tempdir_in("/tmp").expect("a temporary folder");
         let rootfs = dir.path().join("rootfs");
         for folder in ["bin", "dev", "etc", "proc", "sys", "tmp", "root"] {
@@ -211,6 +213,17 @@ impl Drop for Story {
             .collect();
         assert!(processes.is_empty(), "processes left behind: {processes:?}");
     }
+}
+
+/// Keeps the programs under test open until this process ends. The emulated host has them from a file system that forgets a file with the
+/// last one who has it open, and reading them anew takes longer than starting them.
+pub(crate) fn hold_programs() {
+    static HELD: OnceLock<Vec<File>> = OnceLock::new();
+    HELD.get_or_init(|| {
+        let vmrun = PathBuf::from(std::env::var_os("VMRUN").expect("VMRUN names the program: use `make test`"));
+        let beside = ["vmrun", "containerd-shim-vm-v2", "vmm", "vmlinux", "rootfs.erofs"];
+        beside.map(|name| File::open(vmrun.with_file_name(name)).expect("`make build` made it")).into()
+    });
 }
 
 /// The commands that busybox has.

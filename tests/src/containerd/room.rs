@@ -49,6 +49,7 @@ pub(super) struct Room {
 impl Room {
     /// Makes the folder, the cgroup and the namespaces.
     pub(super) fn open() -> Self {
+        crate::hold_programs();
         let dir = tempfile::Builder::new().prefix("ctd-").tempdir_in("/tmp").expect("a temporary folder");
         for folder in ["root", "run", "etc", "etc-vmrun", "cni", "logs", "bin"] {
             fs::create_dir(dir.path().join(folder)).expect("a folder of the room");
