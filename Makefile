@@ -11,12 +11,13 @@ hostile = cd tests/hostile && CARGO_TARGET_DIR=$(target)/hostile cargo
 
 # vmrun and the shim, with the three files that they look for beside themselves.
 build: packages
-	$(MAKE) --jobs=3 dynamic-programs static-programs guest-kernel
-	install -m 755 $(static)/release/vmm $(release)/vmm
-	$(release)/rootfs --agent $(static)/guest/agent --output $(release)/rootfs.erofs
+	$(MAKE) --jobs=3 programs guest-kernel
 
 # Side by side: the last steps of each keep one CPU busy for minutes.
-.PHONY: dynamic-programs static-programs guest-kernel
+.PHONY: programs dynamic-programs static-programs guest-kernel unit-tests
+programs: dynamic-programs static-programs
+	install -m 755 $(static)/release/vmm $(release)/vmm
+	$(release)/rootfs --agent $(static)/guest/agent --output $(release)/rootfs.erofs
 dynamic-programs:
 	cargo build --release -p vmrun -p containerd-shim-vm-v2 -p rootfs
 static-programs:
@@ -26,16 +27,19 @@ static-programs:
 guest-kernel:
 	mkdir -p $(release)
 	ln -sf "$$(guest-kernel/build)" $(release)/vmlinux
+unit-tests:
+	tests/run --units
 
 # A Debian container with Python in a microVM.
 run: build
 	image=$$(tests/debian-image) && tests/on-kvm $(release)/vmrun run --rm --timing --memory 256m "oci:$$image" \
 	  python3 -c "$$(cat tests/hello.py)"
 
-# Unit tests here, stories on KVM. Clippy of the workspace is part of `tests/run`.
-test: build lint-rest
+# Unit tests here, meanwhile the rest is built; then stories on KVM. Clippy of the workspace is part of `tests/run`.
+test: packages lint-rest
+	$(MAKE) --jobs=3 programs guest-kernel unit-tests
 	$(hostile) build --release
-	@tests/install-packages docker-registry skopeo containernetworking-plugins iproute2 iptables passt curl
+	@tests/install-packages docker-registry skopeo containernetworking-plugins iproute2 iptables passt curl iperf3
 	tests/debian-image >/dev/null
 	tests/containerd-packages >/dev/null
 	tests/run

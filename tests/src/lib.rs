@@ -64,6 +64,23 @@ impl Story {
         Self { dir }
     }
 
+    /// Puts a program of the host and the libraries that it is linked to into the root file system, where the host has them.
+    ///
+    /// # Panics
+    /// When one is not there.
+    pub fn add_program(&self, path: &str) {
+        let mut ldd = Command::new("ldd");
+        ldd.arg(path);
+        let listed = outcome(ldd);
+        // `libc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x...)`, and the loader without an arrow.
+        let libraries = listed.success().split_whitespace().filter(|word| word.starts_with('/'));
+        for file in libraries.chain([path]) {
+            let copy = self.rootfs().join(file.trim_start_matches('/'));
+            fs::create_dir_all(copy.parent().expect("a folder")).expect("a folder of the root file system");
+            fs::copy(file, copy).expect("the host has it");
+        }
+    }
+
     /// A folder of the host for sharing.
     #[must_use]
     pub fn volume(&self) -> PathBuf {
@@ -264,6 +281,18 @@ impl Outcome {
         assert_eq!(self.code, 0, "{self:?}");
         &self.stdout
     }
+}
+
+/// Whether this is the emulated KVM host, where a VM takes seconds to start.
+#[must_use]
+pub fn is_emulated() -> bool {
+    Path::new("/run/on-kvm").exists()
+}
+
+/// Whether stories that are long are told to their end: on any other host, and where `STORY_FULL` is set.
+#[must_use]
+pub fn tells_all() -> bool {
+    !is_emulated() || std::env::var_os("STORY_FULL").is_some()
 }
 
 /// Runs `command` to its end.

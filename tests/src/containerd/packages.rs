@@ -4,9 +4,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
-/// There in the emulated KVM host.
-pub(super) const EMULATED: &str = "/run/on-kvm";
-
 /// A Debian release whose containerd the stories run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Release {
@@ -54,7 +51,7 @@ fn packages() -> &'static Path {
         let printed = Command::new(script).stderr(Stdio::inherit()).output().expect("tests/containerd-packages starts");
         assert!(printed.status.success(), "tests/containerd-packages failed");
         let cached = PathBuf::from(String::from_utf8(printed.stdout).expect("a path").trim_end());
-        if Path::new(EMULATED).exists() { copy_to_memory(&cached) } else { cached }
+        if crate::is_emulated() { copy_to_memory(&cached) } else { cached }
     })
 }
 

@@ -1,10 +1,8 @@
 //! Tells the checks of a story file to one containerd, one after the other.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
 use std::time::Instant;
 
-use super::packages::EMULATED;
 use super::{Containerd, Release};
 
 /// A check and its name.
@@ -44,8 +42,7 @@ macro_rules! tell_each_release {
 /// list, and of the others every third, so that each is told to one release.
 #[must_use]
 pub fn share_of(release: Release, checks: &[Check], short: &[Check]) -> Vec<Check> {
-    let is_set = |name| std::env::var_os(name).is_some();
-    let is_all = !Path::new(EMULATED).exists() || is_set("STORY_FULL") || is_set("STORY_CHECK");
+    let is_all = crate::tells_all() || std::env::var_os("STORY_CHECK").is_some();
     let is_told = |at: usize, name: &str| {
         is_all || at % Release::COUNT == release as usize || short.iter().any(|(known, _)| *known == name)
     };
@@ -75,12 +72,11 @@ pub fn tell(release: Release, checks: &[Check]) {
     );
     for (name, check) in checks.iter().filter(|(name, _)| only.as_deref().is_none_or(|only| only == *name)) {
         let passes = |containerd: &mut Option<Containerd>| attempt(containerd, release, name, *check);
-        let is_emulated = Path::new(EMULATED).exists();
         if passes(&mut containerd) {
             continue;
         }
         println!("{}: second attempt: {name}", release.name());
-        if !is_emulated || !passes(&mut containerd) {
+        if !crate::is_emulated() || !passes(&mut containerd) {
             failed.push(*name);
         }
     }
