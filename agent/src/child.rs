@@ -5,6 +5,7 @@
 mod copy;
 mod error_log;
 mod executor;
+mod forward;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -39,6 +40,7 @@ pub(crate) fn run(arguments: &[String]) -> ExitCode {
             ["stat-path", pid, path] => copy::stat_path(pid, path),
             ["copy-out", pid, path, name] => copy::copy_out(pid, path, name),
             ["copy-in", pid, path] => copy::copy_in(pid, path),
+            ["forward", pid, port] => forward::forward(pid, port),
             _ => Err(anyhow::anyhow!("unknown step")),
         }
     });

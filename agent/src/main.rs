@@ -11,6 +11,7 @@ mod copied_volume;
 mod copy;
 mod devices;
 mod events;
+mod forward;
 mod hotplug;
 mod id;
 mod init;

@@ -2,9 +2,9 @@
 
 use agent_api::message::{
     CloseStdinRequest, ConfigureRequest, ContainerRequest, CopyRequest, CreateContainerRequest, DeleteRequest, Empty,
-    EventsReply, ExecRequest, ListProcessesReply, MemoryVolumeRequest, OnlineResourcesReply, PathRequest, PathStat,
-    ProcessReply, ProcessRequest, ResizeRequest, SetClockRequest, SetNetworkRequest, ShareRequest, SignalRequest,
-    StateReply, StatsReply, UpdateRequest, WaitReply, WriteVolumeRequest,
+    EventsReply, ExecRequest, ForwardRequest, ListProcessesReply, MemoryVolumeRequest, OnlineResourcesReply,
+    PathRequest, PathStat, ProcessReply, ProcessRequest, ResizeRequest, SetClockRequest, SetNetworkRequest,
+    ShareRequest, SignalRequest, StateReply, StatsReply, UpdateRequest, WaitReply, WriteVolumeRequest,
 };
 use agent_api::service::{self, Agent};
 use agent_api::{CONTROL_PORT, HOST_CID};
@@ -186,6 +186,10 @@ impl Agent for Service {
 
     async fn copy_in(&self, _: &TtrpcContext, request: CopyRequest) -> ttrpc::Result<Empty> {
         done(self.containers.copy_in(&request).await)
+    }
+
+    async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
+        done(self.containers.forward(&request).await)
     }
 
     async fn stats(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<StatsReply> {

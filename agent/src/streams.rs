@@ -32,6 +32,14 @@ pub(crate) async fn dial(id: u64) -> io::Result<Option<VsockStream>> {
     Ok(Some(stream))
 }
 
+/// Dials a stream for a child of ours: a descriptor that blocks.
+pub(crate) async fn dial_for_step(id: u64) -> io::Result<OwnedFd> {
+    let Some(stream) = dial(id).await? else { return Err(io::ErrorKind::InvalidInput.into()) };
+    let stream = stream.as_fd().try_clone_to_owned()?;
+    rustix::io::ioctl_fionbio(&stream, false)?;
+    Ok(stream)
+}
+
 /// A stream of the host and our end of what a process reads or writes.
 pub(crate) struct Carrier {
     stream: VsockStream,

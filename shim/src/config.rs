@@ -7,6 +7,7 @@ use std::time::Duration;
 use std::{env, fs, io};
 
 use anyhow::{Context as _, Result};
+use sandbox::network::{Policy, RateLimit};
 use serde::Deserialize;
 
 /// Names another file than [`DEFAULT_PATH`].
@@ -19,6 +20,8 @@ const DEFAULT_PATH: &str = "/etc/vmrun/config.toml";
 pub(crate) struct Config {
     /// The VMs.
     pub(crate) vm: VmDefaults,
+    /// The network of pods.
+    pub(crate) network: NetworkRules,
     /// Files that a VM is made from, where they are not beside the program.
     pub(crate) artifacts: ArtifactPaths,
     /// What a pod may ask for.
@@ -49,6 +52,25 @@ impl VmDefaults {
     /// [`Self::boot_deadline_s`].
     pub(crate) fn boot_deadline(&self) -> Duration {
         Duration::from_secs(self.boot_deadline_s.into())
+    }
+}
+
+/// Limits and rules of each interface of a pod; a limit of 0 is none.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct NetworkRules {
+    /// Whether a pod can only send from the addresses that CNI gave it.
+    pub(crate) anti_spoofing: bool,
+    /// What reaches the pod.
+    pub(crate) rx: RateLimit,
+    /// What it sends.
+    pub(crate) tx: RateLimit,
+}
+
+impl NetworkRules {
+    /// As the interfaces have it.
+    pub(crate) fn policy(&self) -> Policy {
+        Policy { rx_limit: self.rx, tx_limit: self.tx, anti_spoofing: self.anti_spoofing }
     }
 }
 
@@ -159,6 +181,17 @@ mod tests {
             .expect("file");
         let config = Config::read(&path, true).expect("read");
         assert_eq!((config.vm.memory_mib, config.vm.vcpus, config.log.level.as_str()), (500, 2, "debug"));
+    }
+
+    #[test]
+    fn limits_of_the_network_are_those_of_its_interfaces() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("config.toml");
+        let text = "[network]\nanti_spoofing = true\ntx = { bytes_per_s = 1000000, frames_per_s = 0 }\n";
+        fs::write(&path, text).expect("file");
+        let policy = Config::read(&path, true).expect("read").network.policy();
+        assert!(policy.anti_spoofing);
+        assert_eq!((policy.tx_limit.bytes_per_s, policy.rx_limit.bytes_per_s), (1_000_000, 0));
     }
 
     #[test]

@@ -57,7 +57,7 @@ impl Vm {
         place: Place<'_>,
     ) -> Result<Self, TaskError> {
         let artifacts = Artifacts::find()?;
-        let network = join(place.netns, size.vcpus).await?;
+        let network = join(place.netns, size.vcpus, config.network.policy()).await?;
         let address = network.first_address().map(str::to_owned);
         let cgroup = place.cgroups_path.and_then(join_cgroup);
         let cgroup_path = cgroup.as_ref().map(|(cgroup, _)| cgroup.path().to_owned());
@@ -156,10 +156,10 @@ fn join_cgroup(path: &Path) -> Option<(HostCgroup, OwnedFd)> {
 }
 
 /// Joins the interfaces of a network namespace to a VM that is yet to be booted, off the threads that answer requests.
-async fn join(netns: Option<&Path>, vcpus: u8) -> Result<Network, TaskError> {
+async fn join(netns: Option<&Path>, vcpus: u8, policy: Policy) -> Result<Network, TaskError> {
     let Some(path) = netns.map(PathBuf::from) else { return Ok(Network::default()) };
     // containerd gives each container its resolv.conf.
-    let options = PodOptions { queue_pairs: vcpus, resolv_conf: String::new(), policy: Policy::default() };
+    let options = PodOptions { queue_pairs: vcpus, resolv_conf: String::new(), policy };
     let joined = tokio::task::spawn_blocking(move || attach(&path, &options)).await;
     Ok(joined.map_err(|error| TaskError::Invalid(error.to_string()))??)
 }

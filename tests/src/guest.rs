@@ -109,6 +109,7 @@ pub fn config(kernel: Fd) -> VmConfig {
         cmdline: String::new(),
         console: None,
         control: Fd(0),
+        entropy: false,
         vsock: None,
         shares: Vec::new(),
         networks: Vec::new(),

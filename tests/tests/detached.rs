@@ -1,7 +1,8 @@
 //! Detached containers: their supervisor, their log, and every command that asks for them by name.
 
 use std::fs;
-use std::io::Read as _;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{Shutdown, TcpStream};
 use std::os::fd::OwnedFd;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -41,6 +42,49 @@ fn a_detached_container_runs_until_it_is_stopped_and_stays_until_it_is_removed()
     assert_eq!(story.inspect("one")["State"]["ExitCode"], 3);
     assert_eq!(story.call(&["rm", "one"]).success(), "one\n");
     assert_eq!(story.call(&["logs", "one"]).stderr, "vmrun: no such container: one\n");
+}
+
+/// Sends all of `request`, ends it, and reads to the end.
+fn over_tcp(port: &str, request: &[u8]) -> std::io::Result<Vec<u8>> {
+    let mut connection = TcpStream::connect(("127.0.0.1", port.parse().expect("a port")))?;
+    let mut writer = connection.try_clone()?;
+    let mut answer = Vec::new();
+    std::thread::scope(|scope| {
+        let sent = scope.spawn(move || writer.write_all(request).and_then(|()| writer.shutdown(Shutdown::Write)));
+        connection.read_to_end(&mut answer)?;
+        sent.join().expect("no panic")
+    })?;
+    Ok(answer)
+}
+
+#[test]
+fn ports_of_a_container_without_a_network_are_forwarded_until_it_ends() {
+    let story = Story::new();
+    // Each connection gets back what it sent, once it has ended its side.
+    story.detach("one", &[], &["nc", "-ll", "-p", "7", "-e", "cat"]);
+    let mut forward = story.vmrun(&["port-forward", "one", ":7", ":8"]);
+    let mut forward = forward.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("vmrun starts");
+    let mut lines = BufReader::new(forward.stdout.take().expect("piped")).lines();
+    let mut port = |remote: &str| {
+        let line = lines.next().expect("a line").expect("text");
+        let local = line.strip_prefix("Forwarding from 127.0.0.1:").and_then(|line| line.strip_suffix(remote));
+        local.unwrap_or_else(|| panic!("{line}")).to_owned()
+    };
+    let (open, closed) = (port(" -> 7"), port(" -> 8"));
+    let much: Vec<u8> = (0..1 << 20).map(|at: u32| at.to_le_bytes()[at as usize % 3]).collect();
+    for request in [&b"hello"[..], &much, b""] {
+        assert!(over_tcp(&open, request).expect("an echo") == request, "{} bytes came back otherwise", request.len());
+    }
+    assert_eq!(over_tcp(&closed, b"").expect("an end"), b"");
+    assert_eq!(story.call(&["kill", "one"]).code, 0);
+    let forwarded = forward.wait_with_output().expect("ended");
+    assert_eq!(forwarded.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&forwarded.stderr);
+    assert!(said.contains("cannot connect to port 8 of the container: Connection refused"), "{said}");
+    assert!(said.ends_with("container one has ended\n"), "{said}");
+    let refused = story.call(&["port-forward", "one", "7"]);
+    assert_eq!((refused.code, refused.stderr.as_str()), (1, "vmrun: container one is not running\n"));
+    assert_eq!(story.call(&["rm", "one"]).code, 0);
 }
 
 #[test]

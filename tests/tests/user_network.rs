@@ -1,14 +1,16 @@
 //! `vmrun run` with the networks of the command line, in a host network of the story's own.
 
+use std::fs;
 use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process};
 use tests::dns::Dns;
 use tests::lan::{Attachment, Lan, ip, ptp};
 use tests::python::{Python, debian_image};
-use tests::{Story, outcome};
+use tests::{Story, eventually, outcome};
 
 const USER: [&str; 2] = ["--network", "user"];
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -155,6 +157,68 @@ fn hosts_are_added_and_a_container_without_a_network_has_loopback() {
 }
 
 #[test]
+fn containers_on_the_bridge_reach_each_other_and_the_outside_and_are_reached_at_ports_of_the_host() {
+    let story = Story::new();
+    let lan = Lan::enter();
+    lan.expect_rules();
+    let outside = lan.outside();
+    let listener = outside.inside(|| TcpListener::bind("192.0.2.1:80")).expect("bound");
+    let options = ["--network", "bridge", "-p", "8080:80", "--ip", "10.214.0.7", "--dns", "192.0.2.53"];
+    story.detach("web", &options, &["httpd", "-f", "-p", "80", "-h", "/etc"]);
+    let curl = |url: &str| format!("curl --silent --show-error --max-time 60 http://{url}/passwd");
+    assert!(outside.run(&curl("192.0.2.2:8080")).success().starts_with("root:"));
+    for url in ["10.214.0.7", "192.0.2.2:8080", "127.0.0.1:8080"] {
+        let mut here = Command::new("sh");
+        here.args(["-c", &curl(url)]);
+        assert!(outcome(here).success().starts_with("root:"), "{url}");
+    }
+    let script = "cat /etc/resolv.conf; wget -q -O - http://10.214.0.7/passwd; nc -w 60 192.0.2.1 80 </dev/null";
+    let greeter = std::thread::spawn(move || {
+        let (mut connection, from) = listener.accept().expect("a connection");
+        connection.write_all(b"greetings").expect("sent");
+        from.ip().to_string()
+    });
+    let other = story.run(&["--network", "bridge", "--dns", "192.0.2.53"], &["sh", "-c", script]);
+    assert_eq!(greeter.join().expect("no panic"), "192.0.2.2", "the host's address stands for the container's");
+    assert!(other.success().starts_with("nameserver 192.0.2.53\nroot:"), "{other:?}");
+    assert!(other.stdout.ends_with("greetings"), "{other:?}");
+    let taken = story.run(&["--network", "bridge", "-p", "8080:80"], &["true"]);
+    assert_eq!(taken.code, 125);
+    assert!(taken.stderr.contains("cannot take 0.0.0.0:8080: Address already in use"), "{taken:?}");
+    let address = story.run(&["--network", "bridge", "--ip", "10.214.0.7"], &["true"]);
+    assert!(address.stderr.contains("the CNI plugin bridge refused ADD") && address.code == 125, "{address:?}");
+    let used = story.call(&["stats", "--no-stream", "--json", "web"]);
+    let used: serde_json::Value = serde_json::from_str(used.success()).expect("JSON");
+    assert!(used[0]["net_tx_bytes"].as_u64() > Some(1000) && used[0]["net_rx_bytes"].as_u64() > Some(100), "{used}");
+    // Its supervisor is killed, so others have to clean up.
+    kill_owner(&story, "web");
+    assert_eq!(story.call(&["gc"]).success(), "web\n");
+    assert_ne!(outside.run(&curl("192.0.2.2:8080")).code, 0, "nobody is there");
+    let given = fs::read_dir("/var/lib/cni/networks/vmrun").expect("the plugin's folder").flatten();
+    let names = given.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    let left: Vec<_> = names.filter(|name| name.starts_with("10.")).collect();
+    assert!(left.is_empty(), "addresses are still given: {left:?}");
+}
+
+/// Kills the process that owns a container, and waits until that is known.
+fn kill_owner(story: &Story, name: &str) {
+    let owner = story.inspect(name)["State"]["OwnerPid"].as_i64().and_then(|pid| i32::try_from(pid).ok());
+    kill_process(owner.and_then(Pid::from_raw).expect("a process id"), Signal::KILL).expect("it runs");
+    eventually(DEADLINE, "the owner is gone", || story.inspect(name)["State"]["Dead"] == true);
+}
+
+#[test]
+fn without_cni_plugins_the_bridge_is_refused_with_the_package() {
+    let story = Story::new();
+    let image = story.image();
+    let mut command = story.vmrun(&["run", "--rm", "--network", "bridge", &image, "true"]);
+    command.env("CNI_PATH", "/nowhere");
+    let refused = outcome(command);
+    assert_eq!(refused.code, 125);
+    assert!(refused.stderr.contains("install the package containernetworking-plugins"), "{refused:?}");
+}
+
+#[test]
 fn without_passt_a_port_is_refused_with_the_package() {
     let story = Story::new();
     let image = story.image();
@@ -182,7 +246,7 @@ fn what_cannot_be_had_is_refused_by_name() {
     let nothing = story.run(&["--network", "netns:/run/netns/none"], &["true"]);
     assert!(nothing.stderr.contains("cannot open the network namespace /run/netns/none"), "{nothing:?}");
     let ports = story.run(&["--network", "none", "-p", "80:80"], &["true"]);
-    assert!(ports.stderr.contains("--publish needs --network user"), "{ports:?}");
+    assert!(ports.stderr.contains("--publish needs --network user or bridge"), "{ports:?}");
     let gateway = story.run(&["--ip", "10.0.0.1"], &["true"]);
     assert!(gateway.stderr.contains("the gateway's"), "{gateway:?}");
 }

@@ -112,6 +112,7 @@ mod tests {
             cmdline,
             console: None,
             control: Fd(4),
+            entropy: false,
             vsock: None,
             shares: Vec::new(),
             networks: Vec::new(),

@@ -140,7 +140,9 @@ impl Machine {
 
         let mmio = Arc::new(Bus::default());
         let pci = Arc::new(PciBus::new(vm.clone(), memory.clone(), mmio.clone(), device_thread));
-        pci.add("rng", Box::new(Rng::new(registry.clone())))?;
+        if config.entropy {
+            pci.add("rng", Box::new(Rng::new(registry.clone())))?;
+        }
         if let Some(vsock) = &config.vsock {
             let mut host_ports = Vec::new();
             for port in &vsock.host_ports {

@@ -129,13 +129,21 @@ impl AgentClient {
     }
 
     /// Copies for as long as it takes.
-    pub(crate) async fn copy(&self, into_container: bool, request: &message::CopyRequest) -> Result<(), CallError> {
-        let context = context::with_timeout(0);
-        if into_container {
-            self.0.copy_in(context, request).await.map(drop).map_err(|error| translate("CopyIn", error))
-        } else {
-            self.0.copy_out(context, request).await.map(drop).map_err(|error| translate("CopyOut", error))
-        }
+    pub(crate) async fn copy_in(&self, request: &message::CopyRequest) -> Result<(), CallError> {
+        let answer = self.0.copy_in(context::with_timeout(0), request).await;
+        answer.map(drop).map_err(|error| translate("CopyIn", error))
+    }
+
+    /// As [`Self::copy_in`].
+    pub(crate) async fn copy_out(&self, request: &message::CopyRequest) -> Result<(), CallError> {
+        let answer = self.0.copy_out(context::with_timeout(0), request).await;
+        answer.map(drop).map_err(|error| translate("CopyOut", error))
+    }
+
+    /// Answered when the connection is over.
+    pub(crate) async fn forward(&self, request: &message::ForwardRequest) -> Result<(), CallError> {
+        let answer = self.0.forward(context::with_timeout(0), request).await;
+        answer.map(drop).map_err(|error| translate("Forward", error))
     }
 
     pub(crate) async fn update(&self, request: &message::UpdateRequest) -> Result<(), CallError> {

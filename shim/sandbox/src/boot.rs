@@ -81,9 +81,11 @@ impl Sandbox {
         };
         let agent_ready = start.elapsed();
         let streams = StreamTable::serve(ports.streams);
-        agent.configure(&configuration(request.name, share_tags)?).await.map_err(BootError::Configure)?;
+        let configured = agent.configure(&configuration(request.name, share_tags)?).await;
+        vmm.explain(configured).await.map_err(BootError::Configure)?;
         if request.network.guest != message::SetNetworkRequest::default() {
-            agent.set_network(&request.network.guest).await.map_err(BootError::Configure)?;
+            let set = agent.set_network(&request.network.guest).await;
+            vmm.explain(set).await.map_err(BootError::Configure)?;
         }
         let times = BootTimes { spawn, agent_ready, configured: start.elapsed() };
         Ok(Self { agent, streams, vmm, times, network: Mutex::new(request.network.held) })

@@ -114,6 +114,14 @@ pub enum CallError {
         /// What the transport said.
         detail: String,
     },
+    /// The VM ended before the answer.
+    #[error("the VM ended during `{call}`: {}{}", exit.reason, console(exit))]
+    VmEnded {
+        /// The call.
+        call: &'static str,
+        /// How.
+        exit: Box<Exit>,
+    },
     /// A request could not be encoded.
     #[error("cannot encode the request")]
     Encode(#[source] serde_json::Error),

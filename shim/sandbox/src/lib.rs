@@ -16,6 +16,7 @@ pub mod cgroup;
 mod copy;
 pub mod error;
 mod exec;
+mod forward;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 pub mod network;
@@ -24,6 +25,7 @@ pub mod plan;
 pub mod probe;
 pub mod share;
 pub mod state;
+mod stream_call;
 mod streams;
 mod text;
 mod vm;
@@ -33,9 +35,9 @@ mod vmm_process;
 pub use agent_api::message;
 use agent_client::AgentClient;
 pub use boot::{BootRequest, BootTimes};
-pub use copy::Copying;
 pub use error::{BootError, CallError, ControlError};
 pub use exec::RunningExec;
+pub use stream_call::StreamCall;
 pub use streams::ProcessStreams;
 use streams::{STREAM_DEADLINE, StreamTable};
 pub use vmm_api::CachePolicy;
@@ -111,7 +113,7 @@ impl Sandbox {
             stdio: Some(expected.stdio.clone()).into(),
             ..Default::default()
         };
-        self.agent.create(&request).await?;
+        self.vmm.explain(self.agent.create(&request).await).await?;
         expected.streams(STREAM_DEADLINE).await
     }
 
@@ -120,7 +122,7 @@ impl Sandbox {
     /// # Errors
     /// As [`Self::create`].
     pub async fn start(&self, container_id: &str) -> Result<(), CallError> {
-        self.agent.start(container_id).await
+        self.vmm.explain(self.agent.start(container_id).await).await
     }
 
     /// Starts another process in a running container.
@@ -134,7 +136,7 @@ impl Sandbox {
         wanted: WantedStreams,
     ) -> Result<ProcessStreams, CallError> {
         let expected = self.streams.expect(wanted);
-        self.agent.exec(&exec::request(id, process, &expected)?).await?;
+        self.vmm.explain(self.agent.exec(&exec::request(id, process, &expected)?).await).await?;
         expected.streams(STREAM_DEADLINE).await
     }
 
@@ -143,7 +145,7 @@ impl Sandbox {
     /// # Errors
     /// As [`Self::create`].
     pub async fn wait(&self, id: &ProcessId) -> Result<message::WaitReply, CallError> {
-        self.agent.wait(id).await
+        self.vmm.explain(self.agent.wait(id).await).await
     }
 
     /// Sends a signal to a process, or to every process of its container.
@@ -184,7 +186,7 @@ impl Sandbox {
     /// # Errors
     /// As [`Self::create`].
     pub async fn next_events(&self) -> Result<message::EventsReply, CallError> {
-        self.agent.next_events().await
+        self.vmm.explain(self.agent.next_events().await).await
     }
 
     /// Changes limits of a container; a resource that is not named stays as it is.

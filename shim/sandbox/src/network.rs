@@ -17,7 +17,7 @@ use vmm_api::net::NetDevice;
 use crate::message::SetNetworkRequest;
 
 mod facts;
-mod netns;
+pub mod netns;
 pub mod pod;
 mod redirect;
 mod tap;
@@ -45,9 +45,15 @@ pub(crate) struct Interface {
 pub(crate) struct Held {
     pub(crate) joins: Vec<redirect::Join>,
     pub(crate) _passt: Option<user::Passt>,
+    pub(crate) others: Vec<OwnedFd>,
 }
 
 impl Network {
+    /// Keeps descriptors open for as long as the sandbox has this network.
+    pub fn hold(&mut self, fds: Vec<OwnedFd>) {
+        self.held.others.extend(fds);
+    }
+
     /// Text of the guest's `/etc/resolv.conf`, or nothing.
     #[must_use]
     pub fn resolv_conf(&self) -> &str {

@@ -6,6 +6,7 @@ use std::time::SystemTime;
 
 use vmm_api::CachePolicy;
 use vmm_api::control::{Reply, Request, State, Stats};
+use vmm_api::net::NetStats;
 
 use crate::{CallError, ControlError, Sandbox, message};
 
@@ -44,6 +45,17 @@ impl Sandbox {
     pub async fn vm_stats(&self) -> Result<Stats, ControlError> {
         match self.vmm.ask(&Request::Stats, None).await? {
             Reply::Stats(stats) => Ok(stats),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Counters of each interface.
+    ///
+    /// # Errors
+    /// As [`Self::vm_state`].
+    pub async fn network_stats(&self) -> Result<Vec<NetStats>, ControlError> {
+        match self.vmm.ask(&Request::NetStats, None).await? {
+            Reply::NetStats(stats) => Ok(stats),
             other => Err(unexpected(&other)),
         }
     }

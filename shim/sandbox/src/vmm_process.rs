@@ -29,7 +29,7 @@ use crate::pid_namespace;
 use crate::plan::VmSize;
 use crate::text;
 use crate::vmm_control::VmmControl;
-use crate::{BootError, ControlError};
+use crate::{BootError, CallError, ControlError};
 
 /// What a VMM is spawned with.
 pub(crate) struct Spawn {
@@ -76,6 +76,8 @@ pub(crate) async fn accept(port: &UnixDatagram) -> io::Result<std::os::unix::net
     fds.pop().map(Into::into).ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
 }
 
+/// Time that the VMM has to say why it ended, after the connection to the agent broke.
+const REASON_DEADLINE: Duration = Duration::from_secs(2);
 /// Longest wait for a VMM that was told to end, before it is killed.
 const END_DEADLINE: Duration = Duration::from_millis(1500);
 /// Longest wait for the control socket before that.
@@ -108,6 +110,7 @@ impl VmmProcess {
             cgroup: spawn.cgroup.map(|fd| passed.add(fd)),
             console: spawn.console.map(|fd| passed.add(fd)),
             control: passed.add(vmm_control.into()),
+            entropy: !std::arch::is_x86_feature_detected!("rdrand"),
             vsock: Some(VsockConfig {
                 guest_cid: 3,
                 host_ports: vec![
@@ -170,6 +173,15 @@ impl VmmProcess {
         let mut ended = self.ended.clone();
         let found = ended.wait_for(Option::is_some).await.ok().and_then(|exit| exit.clone());
         found.unwrap_or_else(|| unexplained("its watcher is gone".to_owned()))
+    }
+
+    /// An answer of the agent, or why there is none: a broken connection says less than how the VM ended.
+    pub(crate) async fn explain<T>(&self, answer: Result<T, CallError>) -> Result<T, CallError> {
+        let Err(CallError::Broken { call, detail }) = answer else { return answer };
+        match tokio::time::timeout(REASON_DEADLINE, self.ended()).await {
+            Ok(exit) => Err(CallError::VmEnded { call, exit: Box::new(exit) }),
+            Err(_) => Err(CallError::Broken { call, detail }),
+        }
     }
 
     /// Ends the VM: asks for it, then kills.

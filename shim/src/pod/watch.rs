@@ -1,18 +1,14 @@
 //! What the guest tells: exits and kills by the OOM killer, in their order; and the end of the VM.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use containerd_shim_protos::events::task::TaskOOM;
 use sandbox::message::{self, EventsReply, event::What};
-use sandbox::{Exit as VmExit, ExitReason};
+use sandbox::{CallError, Exit as VmExit, ExitReason};
 
 use super::{EXIT_KILLED, EXIT_LOST, Pod};
 use crate::process::{Exit, Process};
 use crate::vm::Vm;
-
-/// Time that the VMM has to say why it ended, after the connection to the agent broke.
-const REASON_DEADLINE: Duration = Duration::from_secs(2);
 
 impl Pod {
     /// Begins to listen to a VM that has booted.
@@ -39,10 +35,10 @@ impl Pod {
             exit = vm.sandbox.ended() => return exit,
             error = agent_gone => error,
         };
-        // A guest without its agent is of no use.
-        if let Ok(exit) = tokio::time::timeout(REASON_DEADLINE, vm.sandbox.ended()).await {
-            return exit;
+        if let CallError::VmEnded { exit, .. } = error {
+            return *exit;
         }
+        // A guest without its agent is of no use.
         tracing::warn!(%error, "the agent is gone and the VM is not: it is killed");
         vm.kill();
         vm.sandbox.ended().await

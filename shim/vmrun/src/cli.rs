@@ -12,6 +12,7 @@ use crate::image::{OpenOptions, PullPolicy};
 use crate::install::{InstallTarget, UninstallTarget};
 use crate::log::Limits;
 use crate::network::{NetworkMode, parse_dns, parse_host, parse_ip, parse_port};
+use crate::port_forward::{Ports, parse_ports};
 
 /// Run OCI containers, each in its own microVM.
 #[derive(Debug, Parser)]
@@ -117,6 +118,17 @@ pub(crate) enum Command {
         /// CONTAINER:PATH, a path, or `-` for a tar archive on standard output.
         #[arg(value_name = "DST")]
         destination: String,
+    },
+    /// Let ports of this host lead to ports of a container, until it ends.
+    PortForward {
+        /// Address to listen at.
+        #[arg(long, default_value = "127.0.0.1", value_name = "ADDRESS")]
+        address: IpAddr,
+        /// Name of the container.
+        name: String,
+        /// Ports: one for both sides, one of each, or only the container's, for any that is free here.
+        #[arg(required = true, value_name = "[[LOCAL]:]REMOTE", value_parser = parse_ports)]
+        ports: Vec<Ports>,
     },
     /// Wait for containers to exit, and print their exit statuses.
     Wait(NamesArgs),
@@ -269,7 +281,7 @@ pub(crate) struct RunArgs {
     /// Limit of the log: max-size=SIZE or max-file=COUNT.
     #[arg(long, value_name = "NAME=VALUE")]
     pub(crate) log_opt: Vec<String>,
-    /// Network: none, user, or netns:PATH [default: user when a port or an address is given, else none].
+    /// Network: none, user, bridge, or netns:PATH [default: user when a port or an address is given, else none].
     #[arg(long, alias = "net", value_name = "MODE")]
     pub(crate) network: Option<NetworkMode>,
     /// Let a port of the host reach one of the container.

@@ -89,6 +89,26 @@ impl Client {
     /// Asks for something that is done or fails.
     pub(crate) fn ask(&mut self, request: &Request) -> Result<()> {
         self.send(request)?;
+        self.outcome()
+    }
+
+    /// Asks for something that has a stream; [`Self::outcome`] comes when it is through with it.
+    pub(crate) fn open_stream(root: &Path, name: &str, request: &Request) -> Result<(Self, UnixStream)> {
+        let mut client = Self::connect(root, name)?;
+        client.send(request)?;
+        let (answer, passed) = client.receive()?;
+        match answer {
+            Answer::Started => {}
+            Answer::Failed(cause) => bail!("{cause}"),
+            other => bail!("unexpected answer of the container's owner: {other:?}"),
+        }
+        let stream = UnixStream::from(passed.into_iter().next().context("no stream came")?);
+        stream.set_nonblocking(false)?;
+        Ok((client, stream))
+    }
+
+    /// Waits until what was asked for is done or has failed.
+    pub(crate) fn outcome(&mut self) -> Result<()> {
         match self.receive()?.0 {
             Answer::Done => Ok(()),
             Answer::Failed(cause) => bail!("{cause}"),

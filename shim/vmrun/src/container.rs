@@ -21,8 +21,6 @@ use crate::signals::SIGKILL;
 
 /// Time that the agent has to kill a container, before the VMM is killed.
 const KILL_DEADLINE: Duration = Duration::from_secs(1);
-/// Time that the VMM has to say why it ended, after the connection to the agent broke.
-const REASON_DEADLINE: Duration = Duration::from_secs(2);
 /// Exit status of a command that SIGKILL ended.
 const EXIT_KILLED: u8 = 128 + 9;
 /// Exit status of a command that was lost with its VM.
@@ -74,10 +72,8 @@ impl Container {
             biased;
             exit = self.sandbox.wait(&self.init) => match exit {
                 Ok(exit) => return ending(&exit),
-                Err(error) => {
-                    let ended = tokio::time::timeout(REASON_DEADLINE, self.sandbox.ended()).await;
-                    ended.map_or_else(|_| error.to_string(), |exit| exit.reason.to_string())
-                }
+                Err(CallError::VmEnded { exit, .. }) => exit.reason.to_string(),
+                Err(error) => error.to_string(),
             },
             exit = self.sandbox.ended() => exit.reason.to_string(),
         };

@@ -12,7 +12,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use sandbox::{CallError, Copying, ProcessId, ProcessStreams, fds, message};
+use sandbox::{CallError, ProcessId, ProcessStreams, StreamCall, fds, message};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt as _, Interest, Lines};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
@@ -47,6 +47,8 @@ pub(crate) enum Request {
     CopyOut { path: String, name: String },
     /// Unpack an archive into a folder, likewise.
     CopyIn { path: String },
+    /// Connect a stream with a port of the container, likewise.
+    Forward { port: u16 },
 }
 
 /// A process that is to run in the container.
@@ -105,7 +107,7 @@ impl From<message::PathKind> for PathKind {
     }
 }
 
-/// What a container uses, in the units of cgroup v2.
+/// What a container uses, in the units of cgroup v2, and what its VM's interfaces have carried.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 pub(crate) struct Usage {
     pub(crate) cpu_usage_us: u64,
@@ -113,6 +115,8 @@ pub(crate) struct Usage {
     pub(crate) memory_limit_bytes: u64,
     pub(crate) io_read_bytes: u64,
     pub(crate) io_write_bytes: u64,
+    pub(crate) net_rx_bytes: u64,
+    pub(crate) net_tx_bytes: u64,
     pub(crate) pids: u64,
 }
 
@@ -126,6 +130,8 @@ impl From<message::StatsReply> for Usage {
             memory_limit_bytes: stats.memory_max,
             io_read_bytes: stats.io_read_bytes,
             io_write_bytes: stats.io_write_bytes,
+            net_rx_bytes: 0,
+            net_tx_bytes: 0,
             pids: stats.pids_current,
         }
     }
@@ -179,19 +185,22 @@ async fn converse(stream: UnixStream, container: &Rc<Container>, exec_id: &str) 
         Request::Stop { signal, patience_ms } => container.stop(signal, Duration::from_millis(patience_ms)).await,
         Request::Pause => container.pause().await,
         Request::Unpause => container.unpause().await,
-        Request::Stats => match container.stats().await {
-            Ok(stats) => return answer(&socket, &Answer::Stats(stats.into()), &[]).await,
-            Err(error) => Err(error.into()),
+        Request::Stats => match usage(container).await {
+            Ok(usage) => return answer(&socket, &Answer::Stats(usage), &[]).await,
+            Err(error) => Err(error),
         },
         Request::StatPath(path) => match container.sandbox.stat_path(container.name(), &path).await {
             Ok(kind) => return answer(&socket, &Answer::Path(kind.into()), &[]).await,
             Err(error) => Err(error.into()),
         },
         Request::CopyOut { path, name } => {
-            return copy(&socket, container.sandbox.copy_out(container.name(), &path, &name).await).await;
+            return hand_over(&socket, container.sandbox.copy_out(container.name(), &path, &name).await).await;
         }
         Request::CopyIn { path } => {
-            return copy(&socket, container.sandbox.copy_in(container.name(), &path).await).await;
+            return hand_over(&socket, container.sandbox.copy_in(container.name(), &path).await).await;
+        }
+        Request::Forward { port } => {
+            return hand_over(&socket, container.sandbox.forward(container.name(), port).await).await;
         }
         Request::Resize(..) => Ok(()),
     };
@@ -222,12 +231,21 @@ async fn exec(
     answer(socket, &outcome, &[]).await
 }
 
-/// Hands over the stream of a copy, then tells its outcome.
-async fn copy(socket: &OwnedWriteHalf, begun: Result<Copying, CallError>) -> Result<()> {
+async fn usage(container: &Container) -> Result<Usage> {
+    let mut usage = Usage::from(container.stats().await?);
+    for interface in container.sandbox.network_stats().await? {
+        usage.net_rx_bytes = usage.net_rx_bytes.saturating_add(interface.rx_bytes);
+        usage.net_tx_bytes = usage.net_tx_bytes.saturating_add(interface.tx_bytes);
+    }
+    Ok(usage)
+}
+
+/// Hands over the stream of a call, then tells its outcome.
+async fn hand_over(socket: &OwnedWriteHalf, begun: Result<StreamCall, CallError>) -> Result<()> {
     let outcome = match begun {
-        Ok(copying) => {
-            answer(socket, &Answer::Started, &[copying.stream.as_fd()]).await?;
-            copying.done().await
+        Ok(call) => {
+            answer(socket, &Answer::Started, &[call.stream.as_fd()]).await?;
+            call.done().await
         }
         Err(error) => Err(error),
     };

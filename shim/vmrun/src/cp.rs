@@ -246,43 +246,21 @@ fn receive(
     work: impl FnOnce(&mut UnixStream) -> Result<()>,
 ) -> Result<()> {
     let (mut client, mut stream) =
-        begin(root, container, &Request::CopyOut { path: path.to_owned(), name: name.to_owned() })?;
+        Client::open_stream(root, container, &Request::CopyOut { path: path.to_owned(), name: name.to_owned() })?;
     let worked = work(&mut stream);
     drop(stream);
     // The agent's word explains an archive that ends early.
-    finish(&mut client)?;
+    client.outcome()?;
     worked
 }
 
 fn send(root: &Path, container: &str, path: &str, work: impl FnOnce(&mut UnixStream) -> Result<()>) -> Result<()> {
-    let (mut client, mut stream) = begin(root, container, &Request::CopyIn { path: path.to_owned() })?;
+    let (mut client, mut stream) = Client::open_stream(root, container, &Request::CopyIn { path: path.to_owned() })?;
     let worked = work(&mut stream);
     // The agent may have closed it because it failed, which it says next.
     let _ = stream.shutdown(Shutdown::Write);
-    finish(&mut client)?;
+    client.outcome()?;
     worked
-}
-
-fn begin(root: &Path, container: &str, request: &Request) -> Result<(Client, UnixStream)> {
-    let mut client = Client::connect(root, container)?;
-    client.send(request)?;
-    let (answer, passed) = client.receive()?;
-    match answer {
-        Answer::Started => {}
-        Answer::Failed(cause) => bail!("{cause}"),
-        other => bail!("unexpected answer of the container's owner: {other:?}"),
-    }
-    let stream = UnixStream::from(passed.into_iter().next().context("no stream came")?);
-    stream.set_nonblocking(false)?;
-    Ok((client, stream))
-}
-
-fn finish(client: &mut Client) -> Result<()> {
-    match client.receive()?.0 {
-        Answer::Done => Ok(()),
-        Answer::Failed(cause) => bail!("{cause}"),
-        other => bail!("unexpected answer of the container's owner: {other:?}"),
-    }
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ mod install;
 mod log;
 mod logs;
 mod network;
+mod port_forward;
 mod ps;
 mod record;
 mod remove;
@@ -98,6 +99,9 @@ fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Pause(args) => stop::pause(&folders.root, &args.names),
         Command::Unpause(args) => stop::unpause(&folders.root, &args.names),
         Command::Cp { archive, source, destination } => cp::cp(&folders.root, archive, &source, &destination),
+        Command::PortForward { address, name, ports } => {
+            port_forward::port_forward(&folders.root, &name, address, &ports)
+        }
         Command::Rm { force, containers } => remove::rm(&folders.root, force, &containers.names),
         Command::Stats(args) => stats::stats(&folders.root, &args),
         Command::Pull { quiet, plain_http, image } => {

@@ -1,9 +1,10 @@
 //! `--network`, `--publish`, `--dns`, `--add-host` and `--ip`: which network a container's VM gets, and the files that tell
 //! the container of it.
 
+use std::fs;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use anyhow::{Context as _, Result, bail};
@@ -16,6 +17,11 @@ use sandbox::plan::{self, GuestFile};
 
 use crate::cli::RunArgs;
 
+pub(crate) mod bridge;
+
+/// Where the host's name servers stand: those that systemd-resolved asks, when the usual file only names itself.
+const RESOLVER_FILES: [&str; 2] = ["/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"];
+
 /// Value of `--network`.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(crate) enum NetworkMode {
@@ -23,6 +29,8 @@ pub(crate) enum NetworkMode {
     None,
     /// passt.
     User,
+    /// A bridge of the host.
+    Bridge,
     /// A namespace that somebody else has wired.
     Netns(PathBuf),
 }
@@ -34,11 +42,12 @@ impl FromStr for NetworkMode {
         match text.split_once(':') {
             None if text == "none" => Ok(Self::None),
             None if text == "user" => Ok(Self::User),
+            None if text == "bridge" => Ok(Self::Bridge),
             Some(("netns", path)) if !path.is_empty() => Ok(Self::Netns(path.into())),
             _ if text == "host" => {
                 Err("a VM does not share the host's network: use user, and --publish for its ports".to_owned())
             }
-            _ => Err(format!("{text:?} is not none, user or netns:PATH")),
+            _ => Err(format!("{text:?} is not none, user, bridge or netns:PATH")),
         }
     }
 }
@@ -74,15 +83,21 @@ pub(crate) fn parse_host(text: &str) -> Result<(String, IpAddr), String> {
     Ok((name.to_owned(), address))
 }
 
-/// Makes the network that the command line asks for, with a pair of queues for each vCPU. Without a wish it is none.
-pub(crate) fn create(args: &RunArgs, vcpus: u8) -> Result<Network> {
+/// Makes the network that the command line asks for, with a pair of queues for each vCPU. Without a wish it is none. What stays of it on the
+/// host is taken back with the data folder.
+pub(crate) fn create(args: &RunArgs, vcpus: u8, data_dir: &Path) -> Result<Network> {
     let wished = if args.publish.is_empty() && args.ip.is_none() { NetworkMode::None } else { NetworkMode::User };
     match args.network.as_ref().unwrap_or(&wished) {
         NetworkMode::Netns(path) => {
             refuse_ports(args, "the plugin that wired the namespace forwards its ports and gives addresses")?;
-            let resolv_conf = resolv_conf(&args.dns);
-            let options = PodOptions { queue_pairs: vcpus, resolv_conf, policy: Policy::default() };
-            attach(path, &options).context("cannot use the network namespace")
+            join(path, &args.dns, vcpus)
+        }
+        NetworkMode::Bridge => {
+            let wired = bridge::create(data_dir, args.ip, &args.publish).context("cannot make the network")?;
+            let servers = if args.dns.is_empty() { host_servers() } else { args.dns.clone() };
+            let mut network = join(&wired.netns, &servers, vcpus)?;
+            network.hold(wired.ports);
+            Ok(network)
         }
         NetworkMode::None => {
             refuse_ports(args, "a container without a network has none")?;
@@ -90,6 +105,23 @@ pub(crate) fn create(args: &RunArgs, vcpus: u8) -> Result<Network> {
         }
         NetworkMode::User => user::start(&user_options(args)?).context("cannot make the network"),
     }
+}
+
+fn join(netns: &Path, dns: &[IpAddr], vcpus: u8) -> Result<Network> {
+    let options = PodOptions { queue_pairs: vcpus, resolv_conf: resolv_conf(dns), policy: Policy::default() };
+    attach(netns, &options).context("cannot use the network namespace")
+}
+
+/// Name servers of the host that a guest can reach.
+fn host_servers() -> Vec<IpAddr> {
+    let files = RESOLVER_FILES.iter().filter_map(|file| fs::read_to_string(file).ok());
+    files.map(|text| servers(&text)).find(|servers| !servers.is_empty()).unwrap_or_default()
+}
+
+/// The servers of a `resolv.conf`, without those of the host's loopback.
+fn servers(resolv_conf: &str) -> Vec<IpAddr> {
+    let values = resolv_conf.lines().filter_map(|line| line.trim().strip_prefix("nameserver"));
+    values.filter_map(|value| value.trim().parse().ok()).filter(|server: &IpAddr| !server.is_loopback()).collect()
 }
 
 /// Whether the container is to be told anything of a network.
@@ -100,8 +132,8 @@ pub(crate) fn is_wished(args: &RunArgs) -> bool {
 
 fn refuse_ports(args: &RunArgs, why: &str) -> Result<()> {
     match (args.publish.is_empty(), args.ip) {
-        (false, _) => bail!("--publish needs --network user: {why}"),
-        (_, Some(_)) => bail!("--ip needs --network user: {why}"),
+        (false, _) => bail!("--publish needs --network user or bridge: {why}"),
+        (_, Some(_)) => bail!("--ip needs --network user or bridge: {why}"),
         _ => Ok(()),
     }
 }
@@ -172,9 +204,17 @@ mod tests {
     #[test]
     fn networks_are_named() {
         assert_eq!("none".parse(), Ok(NetworkMode::None));
+        assert_eq!("bridge".parse(), Ok(NetworkMode::Bridge));
         assert_eq!("netns:/run/netns/a".parse(), Ok(NetworkMode::Netns("/run/netns/a".into())));
         assert!("host".parse::<NetworkMode>().expect_err("refused").contains("host's network"));
         assert!("netns:".parse::<NetworkMode>().is_err());
+    }
+
+    #[test]
+    fn servers_of_the_hosts_loopback_are_left_out() {
+        let text = "# a comment\nnameserver 127.0.0.53\nnameserver 192.0.2.53\n nameserver fd00::53\noptions edns0\n";
+        let expected = ["192.0.2.53", "fd00::53"].map(|server| server.parse::<IpAddr>().expect("an address"));
+        assert_eq!(servers(text), expected);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //! folder for what it writes and for its log.
 //!
 //! ```text
-//!   DATA/containers/NAME.RANDOM          upper and work (overlayfs), log.json*, owner.log
+//!   DATA/containers/NAME.RANDOM          upper and work (overlayfs), log.json*, owner.log, network
 //!   DATA/containers/NAME.RANDOM.state    link to the state folder; made first, removed last
 //! ```
 //! A data folder that its state does not name was left by a process that was killed; `gc` removes it.
@@ -20,6 +20,7 @@ use sandbox::cgroup::{CgroupError, HostCgroup};
 use sandbox::plan::VmSize;
 use sandbox::state::{self, Protection, State, StateDir, Status};
 
+use crate::network::bridge;
 use crate::random_hex;
 
 /// Where a container's state and data stand.
@@ -135,6 +136,9 @@ impl Record {
     /// Keeps an ended container for `logs`, `inspect` and `rm`.
     pub(crate) fn keep(&self, status: Status, error: Option<String>) -> Result<()> {
         self.cgroup().iter().for_each(HostCgroup::remove_with_parent);
+        if let Err(error) = bridge::remove(&self.data_dir()) {
+            tracing::warn!(error = format!("{error:#}"), "the network stays until the container is removed");
+        }
         self.update(|state| {
             state.cgroup = None;
             state.finished_at_ms = Some(now_ms());
@@ -160,6 +164,7 @@ impl Record {
 
 /// Removes the data of a container whose state is gone or is about to be.
 pub(crate) fn remove_data_dir(data_dir: &Path) -> Result<()> {
+    bridge::remove(data_dir)?;
     let context = || format!("cannot remove {}", data_dir.display());
     if_there(fs::remove_dir_all(data_dir)).with_context(context)?;
     if_there(fs::remove_file(link(data_dir))).with_context(context)

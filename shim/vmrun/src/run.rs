@@ -221,7 +221,7 @@ impl Run {
             let volumes = share::volumes_tree(planned.volumes, &scratch)?;
             shares.push((VOLUMES_TAG.to_owned(), volumes, CachePolicy::Auto));
         }
-        let mut network = network::create(args, self.size.vcpus)?;
+        let mut network = network::create(args, self.size.vcpus, &record.data_dir())?;
         if image.bundle.is_none() && network::is_wished(args) {
             network::tell(args, &self.name, &mut network, &mut planned.spec, &tree);
         }
@@ -291,6 +291,7 @@ impl Run {
         let mut ending = self.wait(&container, &mut signals).await;
         copying.finish(&container, &mut signals).await;
         container.sandbox.stop().await;
+        container.sandbox.leave_network();
         drop(copying);
         let status = Status::Exited { exit_code: ending.exit_code, oom_killed: ending.oom_killed };
         if let Some(error) = &mut ending.error {

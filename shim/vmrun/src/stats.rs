@@ -83,13 +83,13 @@ fn print(measured: &[Measured], args: &StatsArgs) -> Result<()> {
     if args.json {
         return Ok(writeln!(stdout, "{}", serde_json::to_string(measured)?)?);
     }
-    let rows: Vec<[String; 6]> = measured.iter().map(row).collect();
-    let header = ["NAME", "CPU %", "MEM USAGE / LIMIT", "MEM %", "BLOCK I/O", "PIDS"];
+    let rows: Vec<[String; 7]> = measured.iter().map(row).collect();
+    let header = ["NAME", "CPU %", "MEM USAGE / LIMIT", "MEM %", "NET I/O", "BLOCK I/O", "PIDS"];
     write!(stdout, "{}", table(header, &rows))?;
     Ok(stdout.flush()?)
 }
 
-fn row(measured: &Measured) -> [String; 6] {
+fn row(measured: &Measured) -> [String; 7] {
     let usage = &measured.usage;
     #[expect(clippy::cast_precision_loss, reason = "a share in percent")]
     let memory_percent = 100.0 * usage.memory_bytes as f64 / usage.memory_limit_bytes.max(1) as f64;
@@ -98,6 +98,7 @@ fn row(measured: &Measured) -> [String; 6] {
         format!("{:.2}%", measured.cpu_percent),
         format!("{} / {}", size(usage.memory_bytes), size(usage.memory_limit_bytes)),
         format!("{memory_percent:.2}%"),
+        format!("{} / {}", size(usage.net_rx_bytes), size(usage.net_tx_bytes)),
         format!("{} / {}", size(usage.io_read_bytes), size(usage.io_write_bytes)),
         usage.pids.to_string(),
     ]

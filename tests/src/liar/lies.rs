@@ -7,6 +7,7 @@ use agent_api::message;
 use protobuf::EnumOrUnknown;
 use ttrpc::proto::{Code, MESSAGE_TYPE_RESPONSE};
 use vmm_api::control::{Exit, ExitReason, Message, Reply};
+use vmm_api::net::NetStats;
 
 use super::wire::{self, Connection, Request};
 use super::{OUTPUT, Ports, Streams, end, say};
@@ -367,6 +368,13 @@ impl Lie {
             _ => {}
         }
         stats
+    }
+
+    /// What the VMM counts of its interfaces.
+    pub(super) fn network_stats(self) -> Vec<NetStats> {
+        let Self::Stats(Stats::Largest) = self else { return vec![NetStats::default()] };
+        let most = NetStats { name: ESCAPES.to_owned(), rx_bytes: u64::MAX, tx_bytes: u64::MAX, ..Default::default() };
+        vec![most; 2]
     }
 
     /// A container's file as an archive.

@@ -85,7 +85,13 @@ fn obey(control: &UnixStream, lie: Lie) {
     let mut replies = control;
     for line in BufReader::new(control).lines().map_while(Result::ok) {
         lie.on_request(control);
-        let reply = if line.contains("state") { Reply::State(State::Running) } else { Reply::Done };
+        let reply = if line.contains("state") {
+            Reply::State(State::Running)
+        } else if line.contains("net-stats") {
+            Reply::NetStats(lie.network_stats())
+        } else {
+            Reply::Done
+        };
         say(&mut replies, &Message::Reply(reply));
         if line.contains("shutdown") {
             end(control, ExitReason::Requested);

@@ -45,6 +45,8 @@ pub struct VmConfig {
     pub console: Option<Fd>,
     /// Connected stream socket of [`control`]. When its peer closes it the VM ends: its owner is gone.
     pub control: Fd,
+    /// Whether the guest has an entropy device: it needs one where its CPU has no RDRAND.
+    pub entropy: bool,
     /// The vsock device, if the guest has one.
     pub vsock: Option<VsockConfig>,
     /// Shared directories, one virtio-fs device each.

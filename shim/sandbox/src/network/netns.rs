@@ -1,25 +1,62 @@
-//! Work in another network namespace: on a thread of its own, which enters it and ends with the work.
+//! Network namespaces with a path, and work in them: on a thread of its own, which enters one and ends with the work.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::thread;
 
-use nix::sched::{CloneFlags, setns};
+use nix::sched::{CloneFlags, setns, unshare};
 use rtnetlink::Handle;
-use rustix::fs::{FsWord, fstat, fstatfs};
+use rustix::fs::{FsWord, fstat, fstatfs, statfs};
+use rustix::io::Errno;
+use rustix::mount::{UnmountFlags, mount_bind, unmount};
 
 use super::NetworkError;
 
 /// Magic number of the file system of namespaces (linux/magic.h).
 const NSFS_MAGIC: FsWord = 0x6e73_6673;
 
+/// Makes a namespace that stays until [`remove`] at `path`, where nothing may be yet.
+///
+/// # Errors
+/// When the host refuses; the file may be there then.
+pub fn create(path: &Path) -> Result<(), NetworkError> {
+    let action = || format!("make the network namespace {}", path.display());
+    File::create_new(path).map_err(NetworkError::host(action()))?;
+    on_a_thread(|| {
+        unshare(CloneFlags::CLONE_NEWNET).map_err(|error| NetworkError::host(action())(error.into()))?;
+        mount_bind("/proc/thread-self/ns/net", path).map_err(|error| NetworkError::host(action())(error.into()))
+    })
+}
+
+/// Whether a namespace is at `path`, and not only the file that it was mounted on.
+#[must_use]
+pub fn is_there(path: &Path) -> bool {
+    statfs(path).is_ok_and(|found| found.f_type == NSFS_MAGIC)
+}
+
+/// Removes what [`create`] made, all of it or a part.
+///
+/// # Errors
+/// When the host refuses.
+pub fn remove(path: &Path) -> Result<(), NetworkError> {
+    let failed = |error| NetworkError::host(format!("remove the network namespace {}", path.display()))(error);
+    match unmount(path, UnmountFlags::DETACH) {
+        // No mount, no file.
+        Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
+        Err(error) => return Err(failed(error.into())),
+    }
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed(error)),
+        _ => Ok(()),
+    }
+}
+
 /// Opens the namespace at `path`, which must not be our own.
 pub(super) fn open(path: &Path) -> Result<OwnedFd, NetworkError> {
     let opened = File::open(path).map_err(|source| NetworkError::OpenNamespace { path: path.to_owned(), source })?;
-    let failed =
-        |source: rustix::io::Errno| NetworkError::OpenNamespace { path: path.to_owned(), source: source.into() };
+    let failed = |source: Errno| NetworkError::OpenNamespace { path: path.to_owned(), source: source.into() };
     if fstatfs(&opened).map_err(failed)?.f_type != NSFS_MAGIC {
         return Err(NetworkError::NotANamespace { path: path.to_owned() });
     }
@@ -52,8 +89,12 @@ pub(super) fn enter<T: Send>(
             done
         })
     };
+    on_a_thread(entered)
+}
+
+fn on_a_thread<T: Send>(work: impl FnOnce() -> Result<T, NetworkError> + Send) -> Result<T, NetworkError> {
     thread::scope(|scope| {
-        let spawned = thread::Builder::new().name("netns".to_owned()).spawn_scoped(scope, entered);
+        let spawned = thread::Builder::new().name("netns".to_owned()).spawn_scoped(scope, work);
         let joined = spawned.map_err(NetworkError::host("start a thread"))?.join();
         joined.unwrap_or_else(|_| {
             let source = io::Error::other("its thread panicked");

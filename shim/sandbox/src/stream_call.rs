@@ -1,0 +1,53 @@
+//! A call to the agent with a byte stream beside it.
+
+use tokio::net::UnixStream;
+use tokio::task::JoinHandle;
+
+use crate::agent_client::AgentClient;
+use crate::{CallError, Sandbox};
+
+/// A call that runs; the agent answers it when it is through with the stream.
+pub struct StreamCall {
+    /// Read and write here; shutting down the writing side is its end.
+    pub stream: UnixStream,
+    call: &'static str,
+    done: JoinHandle<Result<(), CallError>>,
+}
+
+impl StreamCall {
+    /// Waits for the agent's answer.
+    ///
+    /// # Errors
+    /// What the agent says, or that it no longer answers.
+    pub async fn done(self) -> Result<(), CallError> {
+        drop(self.stream);
+        joined(self.call, self.done.await)
+    }
+}
+
+impl Sandbox {
+    /// Makes a call with a stream of this id, which the agent dials first.
+    pub(crate) async fn stream_call<F>(
+        &self,
+        call: &'static str,
+        answer: impl FnOnce(AgentClient, u64) -> F,
+    ) -> Result<StreamCall, CallError>
+    where
+        F: Future<Output = Result<(), CallError>> + Send + 'static,
+    {
+        let mut expected = self.streams.expect_one();
+        let mut done = tokio::spawn(answer(self.agent.clone(), expected.id()));
+        tokio::select! {
+            biased;
+            Some(stream) = expected.connected() => Ok(StreamCall { stream, call, done }),
+            answer = &mut done => {
+                joined(call, answer)?;
+                Err(CallError::StreamMissing { stream: "a stream", deadline_ms: 0 })
+            }
+        }
+    }
+}
+
+fn joined(call: &'static str, answer: Result<Result<(), CallError>, tokio::task::JoinError>) -> Result<(), CallError> {
+    answer.unwrap_or_else(|error| Err(CallError::Broken { call, detail: error.to_string() }))
+}
