@@ -208,25 +208,18 @@ fn kill_owner(story: &Story, name: &str) {
 }
 
 #[test]
-fn without_cni_plugins_the_bridge_is_refused_with_the_package() {
+fn a_network_whose_programs_are_missing_is_refused_with_the_package() {
     let story = Story::new();
     let image = story.image();
-    let mut command = story.vmrun(&["run", "--rm", "--network", "bridge", &image, "true"]);
-    command.env("CNI_PATH", "/nowhere");
-    let refused = outcome(command);
-    assert_eq!(refused.code, 125);
-    assert!(refused.stderr.contains("install the package containernetworking-plugins"), "{refused:?}");
-}
-
-#[test]
-fn without_passt_a_port_is_refused_with_the_package() {
-    let story = Story::new();
-    let image = story.image();
-    let mut command = story.vmrun(&["run", "--rm", "-p", "80:80", &image, "true"]);
-    command.env("PATH", "/nowhere");
-    let refused = outcome(command);
-    assert_eq!(refused.code, 125);
-    assert!(refused.stderr.contains("install the package passt"), "{refused:?}");
+    let bridge = ("CNI_PATH", ["--network", "bridge"], "containernetworking-plugins");
+    for (variable, options, package) in [("PATH", ["-p", "80:80"], "passt"), bridge] {
+        let arguments = [&["run", "--rm"], &options[..], &[&image, "true"]].concat();
+        let mut command = story.vmrun(&arguments);
+        command.env(variable, "/nowhere");
+        let refused = outcome(command);
+        assert_eq!(refused.code, 125);
+        assert!(refused.stderr.contains(&format!("install the package {package}")), "{refused:?}");
+    }
 }
 
 #[test]
