@@ -14,7 +14,7 @@ build: packages
 	$(MAKE) --jobs=3 programs guest-kernel
 
 # Side by side: the last steps of each keep one CPU busy for minutes.
-.PHONY: programs dynamic-programs static-programs guest-kernel unit-tests
+.PHONY: programs dynamic-programs static-programs test-programs guest-kernel
 programs: dynamic-programs static-programs
 	install -m 755 $(static)/release/vmm $(release)/vmm
 	$(release)/rootfs --agent $(static)/guest/agent --output $(release)/rootfs.erofs
@@ -27,17 +27,17 @@ static-programs:
 guest-kernel:
 	mkdir -p $(release)
 	ln -sf "$$(guest-kernel/build)" $(release)/vmlinux
-unit-tests:
-	tests/run --units
+test-programs:
+	tests/run --build
 
 # A Debian container with Python in a microVM.
 run: build
 	image=$$(tests/debian-image) && tests/on-kvm $(release)/vmrun run --rm --timing --memory 256m "oci:$$image" \
 	  python3 -c "$$(cat tests/hello.py)"
 
-# Unit tests here, meanwhile the rest is built; then stories on KVM. Clippy of the workspace is part of `tests/run`.
+# Unit tests here, stories on KVM. Clippy of the workspace is part of `tests/run`.
 test: packages lint-rest
-	$(MAKE) --jobs=3 programs guest-kernel unit-tests
+	$(MAKE) --jobs=3 programs guest-kernel test-programs
 	$(hostile) build --release
 	@tests/install-packages docker-registry skopeo containernetworking-plugins iproute2 iptables passt curl iperf3
 	tests/debian-image >/dev/null
