@@ -17,10 +17,7 @@ const CHECKS: &[Check] = checks![
 /// The image of the README's commands, which a story has no registry for.
 const README_IMAGE: &str = "docker.io/library/busybox:latest";
 
-/// What depends most on the release.
-const SHORT_CHECKS: &[Check] = checks![the_commands_of_the_readme_run];
-
-tests::tell_each_release!(CHECKS, SHORT_CHECKS);
+tests::tell_each_release!(CHECKS);
 
 /// `vmrun` in containerd's place; the link to the shim is only what it makes.
 fn vmrun(containerd: &Containerd, arguments: &[&str]) -> Outcome {
