@@ -26,6 +26,8 @@ pub(crate) struct Config {
     pub(crate) artifacts: ArtifactPaths,
     /// What a pod may ask for.
     pub(crate) annotations: Annotations,
+    /// Programs of the host that specs name.
+    pub(crate) hooks: HookRules,
     /// The log.
     pub(crate) log: Log,
 }
@@ -100,6 +102,14 @@ impl ArtifactPaths {
 pub(crate) struct Annotations {
     /// Names that are honoured: `vmrun.memory-mib`, `vmrun.vcpus`.
     pub(crate) allowed: Vec<String>,
+}
+
+/// Programs of the host that specs name.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct HookRules {
+    /// Whether they run; else a spec that has some is refused.
+    pub(crate) allowed: bool,
 }
 
 /// The log.

@@ -11,8 +11,9 @@ use tokio::sync::watch;
 
 use crate::cri::Role;
 use crate::error::TaskError;
+use crate::hooks::Hooks;
 use crate::process::Process;
-use crate::stdio::Stdio;
+use crate::translate::CreateContainer;
 
 /// A container.
 pub(crate) struct Container {
@@ -21,6 +22,7 @@ pub(crate) struct Container {
     pub(crate) role: Role,
     pub(crate) init: Arc<Process>,
     pub(crate) tags: ShareTags,
+    pub(crate) hooks: Hooks,
     /// Whoever asked for it does not want it any more, while it is being created; then whether it is gone.
     abandoned: watch::Sender<bool>,
     gone: watch::Sender<bool>,
@@ -32,13 +34,14 @@ pub(crate) struct Container {
 
 impl Container {
     /// One that is being created.
-    pub(crate) fn new(id: &str, bundle: PathBuf, role: Role, stdio: Stdio, tags: ShareTags) -> Self {
+    pub(crate) fn new(request: &CreateContainer, tags: ShareTags) -> Self {
         Self {
-            id: id.to_owned(),
-            bundle,
-            role,
-            init: Arc::new(Process::new(ProcessId::init(id), stdio, None)),
+            id: request.id.clone(),
+            bundle: request.bundle.clone(),
+            role: request.role,
+            init: Arc::new(Process::new(ProcessId::init(&request.id), request.stdio.clone(), None)),
             tags,
+            hooks: request.hooks.clone(),
             abandoned: watch::Sender::new(false),
             gone: watch::Sender::new(false),
             execs: Mutex::default(),

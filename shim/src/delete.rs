@@ -17,7 +17,10 @@ use rustix::mount::{UnmountFlags, unmount};
 use sandbox::cgroup::HostCgroup;
 
 use crate::arguments::Arguments;
+use crate::config::Config;
+use crate::hooks::{Hooks, Moment};
 use crate::record::Record;
+use crate::translate::read_spec;
 
 /// Exit status of a container whose server was killed, as with runc's shim.
 const EXIT_KILLED: u32 = 128 + 9;
@@ -35,6 +38,7 @@ pub(crate) fn delete(arguments: &Arguments) -> Result<()> {
     remove_socket(&bundle);
     // Ours are not here; whoever mounted it wants it gone.
     let _ = unmount(bundle.join("rootfs"), UnmountFlags::DETACH);
+    run_hooks(&arguments.id, &bundle);
     let response = DeleteResponse {
         pid: record.and_then(|record| record.vmm).map_or(0, |vmm| vmm.pid),
         exit_status: EXIT_KILLED,
@@ -42,6 +46,19 @@ pub(crate) fn delete(arguments: &Arguments) -> Result<()> {
         ..Default::default()
     };
     io::stdout().write_all(&response.write_to_bytes()?).context("cannot answer")
+}
+
+/// Undoes what the hooks of a container did that its server did not delete.
+fn run_hooks(id: &str, bundle: &Path) {
+    let allowed = Config::load().is_ok_and(|config| config.hooks.allowed);
+    let Ok(mut spec) = read_spec(bundle) else { return };
+    let hooks = Hooks::take(&mut spec, id, bundle);
+    if !allowed || hooks.is_empty() {
+        return;
+    }
+    if let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        runtime.block_on(hooks.run_all_the_same(Moment::Deleted, None));
+    }
 }
 
 /// The socket of a server that does not answer. That of a pod whose server lives stays.

@@ -2,12 +2,15 @@
 
 use std::fmt::Write as _;
 use std::io;
+use std::path::PathBuf;
 
 use sandbox::network::NetworkError;
 use sandbox::plan::PlanError;
 use sandbox::{BootError, CallError, ControlError};
 use thiserror::Error;
 use ttrpc::Code;
+
+use crate::hooks::HookError;
 
 /// Why a request fails.
 #[derive(Debug, Error)]
@@ -30,6 +33,14 @@ pub(crate) enum TaskError {
     /// What we do not do.
     #[error("{0} is not supported")]
     Unsupported(&'static str),
+    /// Programs of the host that nobody allowed.
+    #[error(
+        "the spec has hooks, which run on the host: to allow them, set `allowed = true` below `[hooks]` in the configuration of vmrun"
+    )]
+    HooksForbidden,
+    /// A hook failed.
+    #[error("the hook {} failed", path.display())]
+    Hook { path: PathBuf, source: HookError },
     /// The VM is not there, or no longer.
     #[error("the VM of {id:?} {state}")]
     NoVm { id: String, state: String },
@@ -67,6 +78,7 @@ impl TaskError {
             Self::State { .. } => Code::FAILED_PRECONDITION,
             Self::Invalid(_) | Self::Plan(_) => Code::INVALID_ARGUMENT,
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
+            Self::HooksForbidden => Code::PERMISSION_DENIED,
             Self::NoVm { .. } => Code::UNAVAILABLE,
             Self::Call(CallError::Refused { code, .. }) => agent_code(*code),
             Self::Call(CallError::Deadline { .. }) | Self::Control(ControlError::Deadline { .. }) => {
@@ -79,7 +91,7 @@ impl TaskError {
                 | NetworkError::NotANamespace { .. }
                 | NetworkError::HostNetwork { .. },
             ) => Code::INVALID_ARGUMENT,
-            Self::Host { .. } | Self::Boot(_) | Self::Network(_) => Code::INTERNAL,
+            Self::Host { .. } | Self::Hook { .. } | Self::Boot(_) | Self::Network(_) => Code::INTERNAL,
         }
     }
 }

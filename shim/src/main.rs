@@ -12,6 +12,7 @@ mod delete;
 mod error;
 mod events;
 mod features;
+mod hooks;
 mod logger;
 mod metrics;
 mod pod;

@@ -13,6 +13,7 @@ use sandbox::share::HostMount;
 use crate::container::Container;
 use crate::cri::{self, Role};
 use crate::error::TaskError;
+use crate::hooks::Hooks;
 use crate::process::{Phase, Process};
 use crate::stdio::Stdio;
 
@@ -29,6 +30,8 @@ pub(crate) struct CreateContainer {
     /// What its root is mounted from; nothing when `bundle` has it already.
     pub(crate) rootfs: Vec<HostMount>,
     pub(crate) spec: Spec,
+    /// Programs of the host, which are not in `spec` any more.
+    pub(crate) hooks: Hooks,
     /// The network namespace that was made for it, as CNI does for a pod.
     pub(crate) netns: Option<PathBuf>,
 }
@@ -41,7 +44,7 @@ impl CreateContainer {
 }
 
 /// A container from its request and the spec in its folder.
-pub(crate) fn create_container(request: &CreateTaskRequest, spec: Spec) -> Result<CreateContainer, TaskError> {
+pub(crate) fn create_container(request: &CreateTaskRequest, mut spec: Spec) -> Result<CreateContainer, TaskError> {
     if !request.checkpoint.is_empty() {
         return Err(TaskError::Unsupported("a container from a checkpoint"));
     }
@@ -51,6 +54,7 @@ pub(crate) fn create_container(request: &CreateTaskRequest, spec: Spec) -> Resul
         role = Role::Alone;
     }
     let netns = netns(&spec)?;
+    let hooks = Hooks::take(&mut spec, &request.id, Path::new(&request.bundle));
     Ok(CreateContainer {
         id: request.id.clone(),
         bundle: PathBuf::from(&request.bundle),
@@ -63,6 +67,7 @@ pub(crate) fn create_container(request: &CreateTaskRequest, spec: Spec) -> Resul
         },
         rootfs: request.rootfs.iter().map(host_mount).collect(),
         netns,
+        hooks,
         spec: guest_spec(spec, request.terminal, role),
     })
 }

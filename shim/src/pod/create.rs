@@ -13,10 +13,11 @@ use sandbox::plan::{self, ShareTags, Volume};
 use sandbox::share::{self, Rootfs};
 use sandbox::{BootError, CachePolicy};
 
-use super::{DELETE_DEADLINE, GuestVolume, Pod};
+use super::{GuestVolume, Pod};
 use crate::container::Container;
 use crate::cri::{self, Limits, Role};
 use crate::error::TaskError;
+use crate::hooks::Moment;
 use crate::translate::CreateContainer;
 use crate::vm::{Place, Share, Vm};
 
@@ -33,12 +34,18 @@ impl Pod {
         request: CreateContainer,
         rootfs: Vec<Mount>,
     ) -> Result<u32, TaskError> {
+        if !request.hooks.is_empty() && !self.config.hooks.allowed {
+            return Err(TaskError::HooksForbidden);
+        }
         let container = self.reserve(&request)?;
         let making = async {
-            match request.role {
-                Role::Pause => self.make_pause(&request).await,
-                Role::Alone | Role::Member => self.make(&container, &request).await,
-            }
+            let pid = match request.role {
+                Role::Pause => self.make_pause(&request).await?,
+                Role::Alone | Role::Member => self.make(&container, &request).await?,
+            };
+            let run = request.hooks.run(Moment::Created, Some(pid)).await;
+            run.map_err(|(hook, source)| TaskError::Hook { path: hook.path().clone(), source })?;
+            Ok(pid)
         };
         let made = tokio::select! {
             made = making => made,
@@ -76,8 +83,7 @@ impl Pod {
     pub(super) fn reserve(&self, request: &CreateContainer) -> Result<Arc<Container>, TaskError> {
         let number = self.next_share.fetch_add(1, Ordering::Relaxed);
         let tags = ShareTags { rootfs: format!("r{number}"), volumes: format!("v{number}") };
-        let (bundle, stdio) = (request.bundle.clone(), request.stdio.clone());
-        let container = Arc::new(Container::new(&request.id, bundle, request.role, stdio, tags));
+        let container = Arc::new(Container::new(request, tags));
         let mut containers = self.containers();
         if containers.contains_key(&request.id) {
             return Err(TaskError::Exists { what: "container", id: request.id.clone() });
@@ -90,19 +96,14 @@ impl Pod {
     }
 
     /// What is left of a container that was not made.
-    async fn undo(&self, container: &Container) {
+    async fn undo(self: &Arc<Self>, container: &Arc<Container>) {
         self.containers().remove(&container.id);
         match container.role {
             Role::Alone | Role::Pause => self.stop_vm().await,
-            Role::Member => {
-                if let Ok(vm) = self.vm() {
-                    // What was not made is not there.
-                    let forgotten = vm.sandbox.delete(&container.init.id, true);
-                    let _ = tokio::time::timeout(DELETE_DEADLINE, forgotten).await;
-                }
-                self.release_shares(container).await;
-            }
+            // What was not made is not there.
+            Role::Member => self.forget_member(container).await,
         }
+        container.hooks.run_all_the_same(Moment::Deleted, None).await;
         container.set_gone();
     }
 

@@ -12,8 +12,10 @@ use super::{DELETE_DEADLINE, EXIT_KILLED, Pod};
 use crate::container::Container;
 use crate::cri::Role;
 use crate::error::TaskError;
+use crate::hooks::Moment;
 use crate::process::{Exit, Phase, Process};
 use crate::stdio::Stdio;
+use crate::vm::Vm;
 
 const SIGKILL: u32 = 9;
 /// Signals that end the container that stands for a pod. With the first two it exits as asked.
@@ -39,6 +41,9 @@ impl Pod {
             return Err(error);
         }
         let pid = if exec_id.is_empty() { vm.pid() } else { self.new_exec_pid() };
+        if exec_id.is_empty() {
+            container.hooks.run_all_the_same(Moment::Started, Some(pid)).await;
+        }
         process.started(pid, &self.events);
         Ok(pid)
     }
@@ -141,7 +146,7 @@ impl Pod {
     }
 
     /// Deletes what has ended, or never began; returns its process id and how it ended.
-    pub(crate) async fn delete(&self, id: &str, exec_id: &str) -> Result<(u32, Exit), TaskError> {
+    pub(crate) async fn delete(self: &Arc<Self>, id: &str, exec_id: &str) -> Result<(u32, Exit), TaskError> {
         let container = self.container(id)?;
         let process = container.process(exec_id)?;
         match process.phase() {
@@ -189,33 +194,39 @@ impl Pod {
         Ok(())
     }
 
-    async fn delete_container(&self, container: &Arc<Container>) -> Result<(), TaskError> {
+    async fn delete_container(self: &Arc<Self>, container: &Arc<Container>) -> Result<(), TaskError> {
         if self.containers().remove(&container.id).is_none() {
             return Err(TaskError::NotFound { what: "container", id: container.id.clone() });
         }
         match container.role {
             // Nothing is left in the VM that anybody could ask for.
             Role::Alone | Role::Pause => self.stop_vm().await,
-            Role::Member => {
-                if let Ok(vm) = self.vm() {
-                    let forgotten = vm.sandbox.delete(&container.init.id, true);
-                    match tokio::time::timeout(DELETE_DEADLINE, forgotten).await {
-                        Ok(Ok(())) => {}
-                        Ok(Err(error)) if is_not_found(&error) => {}
-                        _ => tracing::warn!(container = container.id, "the guest did not delete a container in time"),
-                    }
-                }
-                self.release_shares(container).await;
-            }
+            Role::Member => self.forget_member(container).await,
         }
+        container.hooks.run_all_the_same(Moment::Deleted, None).await;
         tracing::info!(container = container.id, "deleted");
         Ok(())
     }
 
-    /// Takes a container's shares out of the VM, but for a volume that another one uses.
-    pub(super) async fn release_shares(&self, container: &Container) {
-        let tags = [&container.tags.rootfs, &container.tags.volumes];
+    /// Takes a container out of the guest. What the guest does not do in time goes on, so that in the end nothing stays.
+    pub(super) async fn forget_member(self: &Arc<Self>, container: &Arc<Container>) {
         let Ok(vm) = self.vm() else { return };
+        let (pod, container) = (self.clone(), container.clone());
+        let forgetting = tokio::spawn(async move {
+            match vm.sandbox.delete(&container.init.id, true).await {
+                Err(error) if !is_not_found(&error) => {
+                    tracing::warn!(container = container.id, %error, "the guest did not delete a container");
+                }
+                _ => {}
+            }
+            pod.release_shares(&vm, &container).await;
+        });
+        let _ = tokio::time::timeout(DELETE_DEADLINE, forgetting).await;
+    }
+
+    /// Takes a container's shares out of the VM, but for a volume that another one uses.
+    async fn release_shares(&self, vm: &Vm, container: &Container) {
+        let tags = [&container.tags.rootfs, &container.tags.volumes];
         let in_use = |volume: &Volume| self.all_containers().iter().any(|other| other.uses(volume));
         let idle: Vec<String> = {
             let mut table = self.volumes();
@@ -233,8 +244,8 @@ impl Pod {
         };
         for tag in idle {
             // A share that was never added is not there.
-            if let Ok(Err(error)) = tokio::time::timeout(DELETE_DEADLINE, vm.sandbox.remove_share(&tag)).await {
-                tracing::debug!(tag, error = %error, "a share stays in the VM");
+            if let Err(error) = vm.sandbox.remove_share(&tag).await {
+                tracing::debug!(tag, %error, "a share stays in the VM");
             }
         }
     }

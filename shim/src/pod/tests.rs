@@ -12,6 +12,7 @@ use crate::config::Config;
 use crate::container::Container;
 use crate::cri::Role;
 use crate::error::TaskError;
+use crate::hooks::Hooks;
 use crate::stdio::Stdio;
 use crate::translate::CreateContainer;
 
@@ -28,6 +29,7 @@ fn member() -> CreateContainer {
         rootfs: Vec::new(),
         spec: Spec::default(),
         netns: None,
+        hooks: Hooks::default(),
     }
 }
 
@@ -38,6 +40,15 @@ async fn a_member_of_a_pod_without_a_vm_is_refused_and_forgotten() {
     assert!(matches!(error, TaskError::NoVm { .. }), "{error}");
     assert!(matches!(pod.container("a").map(drop), Err(TaskError::NotFound { .. })));
     assert_eq!(pod.events.topics(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn hooks_of_the_host_are_refused_unless_they_are_allowed() {
+    let mut spec =
+        serde_json::from_value(json!({ "hooks": { "poststop": [{ "path": "/bin/true" }] } })).expect("a spec");
+    let request = CreateContainer { hooks: Hooks::take(&mut spec, "a", Path::new("/")), ..member() };
+    let error = pod().create(request, Vec::new()).await.expect_err("refused");
+    assert!(matches!(error, TaskError::HooksForbidden), "{error}");
 }
 
 #[tokio::test]
@@ -59,7 +70,7 @@ async fn the_server_goes_on_while_somebody_has_a_container() {
 #[tokio::test]
 async fn a_creation_that_is_given_up_is_over_when_nothing_is_left() {
     let tags = sandbox::plan::ShareTags::only();
-    let container = Container::new("a", PathBuf::from("/"), Role::Alone, Stdio::default(), tags);
+    let container = Container::new(&member(), tags);
     let creation = async {
         container.abandoned().await;
         container.set_gone();
