@@ -33,7 +33,8 @@ pub const SANDBOX_READY: i32 = 0;
 /// SANDBOX_NOTREADY.
 pub const SANDBOX_NOTREADY: i32 = 1;
 
-/// A connection to the CRI plugin.
+/// A connection to the CRI plugin; clones share it.
+#[derive(Clone)]
 pub struct Cri {
     runtime: RuntimeServiceClient<Channel>,
     dir: PathBuf,

@@ -1,10 +1,9 @@
-//! Each process is killed with SIGKILL, and containerd comes to know the truth; containers are made and ended again and again. Nothing is left.
+//! Each process is killed with SIGKILL, and containerd comes to know the truth. Nothing is left.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use futures::future::join_all;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use tests::containerd::{Check, Client, Containerd, Process, Streams};
 use tests::{checks, eventually};
 
@@ -12,10 +11,12 @@ const CHECKS: &[Check] = checks![
     a_killed_vmm_ends_the_container_with_137,
     a_killed_shim_leaves_nothing,
     a_container_outlives_containerd,
+    a_vmm_is_killed_before_the_start_and_after_the_end,
+    a_shim_is_killed_before_the_start_and_after_the_end,
+    containerd_is_killed_before_the_start_and_after_the_end,
     a_container_that_ends_while_containerd_is_away_is_told_once,
     a_stopped_vmm_is_killed,
     nobody_reads_and_the_container_is_killed_in_time,
-    cycles_leave_nothing,
 ];
 
 /// What depends most on the release.
@@ -24,6 +25,7 @@ const SHORT_CHECKS: &[Check] = checks![a_killed_shim_leaves_nothing, a_container
 tests::tell_each_release!(CHECKS, SHORT_CHECKS);
 
 const SLEEP: [&str; 2] = ["sleep", "1000"];
+const SHIM: &str = "containerd-shim-vm-v2";
 
 /// Time in which the truth is known, on a host that is emulated and busy.
 const CONVERGED: Duration = Duration::from_secs(20);
@@ -34,18 +36,41 @@ async fn started(client: &Client) -> Process {
     task
 }
 
-fn signal(containerd: &Containerd, program: &str, signal: Signal) {
-    let found = containerd.processes(program);
-    assert_eq!(found.len(), 1, "one {program}: {found:?}");
-    let pid = i32::try_from(found[0]).ok().and_then(Pid::from_raw).expect("a process id");
-    kill_process(pid, signal).expect("it runs");
+/// Kills a program once its process is there, while something is asked for.
+async fn kill_during<T>(containerd: &Containerd, program: &str, asked: impl Future<Output = T>) -> T {
+    let kill = async {
+        while containerd.processes("vmm").is_empty() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        containerd.signal(program, Signal::KILL);
+    };
+    tokio::join!(asked, kill).0
+}
+
+/// A container that has ended with 3 and is not deleted.
+async fn ended(client: &Client, id: &str) -> Process {
+    let mut task = client.create(id, &["sh", "-c", "exit 3"], |_| {}).await.expect("created");
+    task.start().await.expect("started");
+    assert_eq!(task.wait().await.expect("waited"), 3);
+    task
+}
+
+/// containerd cleans up a task whose shim is gone by itself.
+async fn forgotten(client: &Client, id: &str) {
+    let killed = Instant::now();
+    while !client.tasks().await.expect("tasks").is_empty() {
+        assert!(killed.elapsed() < CONVERGED, "containerd still has the task");
+        // A client that looks at the task may hurry it.
+        let _ = Process::of(client, id).delete().await;
+    }
+    client.forget(id).await.expect("removed");
 }
 
 fn a_killed_vmm_ends_the_container_with_137(containerd: &mut Containerd) {
     let client = containerd.client();
     containerd.block_on(async {
         let task = started(&client).await;
-        signal(containerd, "vmm", Signal::KILL);
+        containerd.signal("vmm", Signal::KILL);
         let killed = Instant::now();
         assert_eq!(task.wait().await.expect("waited"), 137);
         assert!(killed.elapsed() < CONVERGED, "{:?}", killed.elapsed());
@@ -57,16 +82,9 @@ fn a_killed_shim_leaves_nothing(containerd: &mut Containerd) {
     let client = containerd.client();
     containerd.block_on(async {
         let _task = started(&client).await;
-        signal(containerd, "containerd-shim-vm-v2", Signal::KILL);
+        containerd.signal(SHIM, Signal::KILL);
         eventually(CONVERGED, "the VMM ends with the shim", || containerd.processes("vmm").is_empty());
-        // containerd cleans up a task whose shim is gone by itself.
-        let killed = Instant::now();
-        while !client.tasks().await.expect("tasks").is_empty() {
-            assert!(killed.elapsed() < CONVERGED, "containerd still has the task");
-            // A client that looks at the task may hurry it.
-            let _ = Process::of(&client, "one").delete().await;
-        }
-        client.forget("one").await.expect("removed");
+        forgotten(&client, "one").await;
     });
 }
 
@@ -81,6 +99,70 @@ fn a_container_outlives_containerd(containerd: &mut Containerd) {
         assert_eq!(task.status().await.expect("status"), "RUNNING");
         assert_eq!(task.run("two", &["echo", "still here"]).await, (0, "still here\n".to_owned()));
         assert_eq!(task.kill_and_remove().await.expect("removed"), 137);
+    });
+}
+
+fn a_vmm_is_killed_before_the_start_and_after_the_end(containerd: &mut Containerd) {
+    let client = containerd.client();
+    containerd.block_on(async {
+        let refused = kill_during(containerd, "vmm", client.create("one", &SLEEP, |_| {})).await;
+        let refused = refused.map(drop).expect_err("its VM is gone");
+        assert!(refused.message().contains("signal 9"), "{refused}");
+        let created = client.create("one", &SLEEP, |_| {}).await.expect("created");
+        containerd.signal("vmm", Signal::KILL);
+        assert_eq!(created.wait().await.expect("waited"), 137);
+        assert_eq!(created.remove().await.expect("removed"), 137);
+        let ended = ended(&client, "one").await;
+        containerd.signal("vmm", Signal::KILL);
+        assert_eq!(ended.remove().await.expect("removed"), 3);
+    });
+}
+
+fn a_shim_is_killed_before_the_start_and_after_the_end(containerd: &mut Containerd) {
+    let client = containerd.client();
+    containerd.block_on(async {
+        let refused = kill_during(containerd, SHIM, client.create("one", &SLEEP, |_| {})).await;
+        refused.map(drop).expect_err("its shim is gone");
+        // containerd lets go of a name when it has cleaned up.
+        let _created = client.create("two", &SLEEP, |_| {}).await.expect("created");
+        containerd.signal(SHIM, Signal::KILL);
+        forgotten(&client, "two").await;
+        let _ended = ended(&client, "three").await;
+        containerd.signal(SHIM, Signal::KILL);
+        forgotten(&client, "three").await;
+    });
+}
+
+fn containerd_is_killed_before_the_start_and_after_the_end(containerd: &mut Containerd) {
+    let client = containerd.client();
+    containerd.block_on(async {
+        let lost = kill_during(containerd, "containerd", client.create("one", &SLEEP, |_| {})).await;
+        lost.map(drop).expect_err("containerd is gone");
+    });
+    containerd.kill();
+    containerd.boot();
+    let client = containerd.client();
+    containerd.block_on(async {
+        forgotten(&client, "one").await;
+        drop(client.create("one", &SLEEP, |_| {}).await.expect("created"));
+    });
+    containerd.kill();
+    containerd.boot();
+    let client = containerd.client();
+    containerd.block_on(async {
+        let mut created = Process::of(&client, "one");
+        created.start().await.expect("started");
+        assert_eq!(created.kill_and_remove().await.expect("removed"), 137);
+        drop(ended(&client, "one").await);
+    });
+    containerd.kill();
+    containerd.boot();
+    let client = containerd.client();
+    containerd.block_on(async {
+        let ended = Process::of(&client, "one");
+        assert_eq!(ended.status().await.expect("status"), "STOPPED");
+        assert_eq!(ended.wait().await.expect("waited"), 3);
+        assert_eq!(ended.remove().await.expect("removed"), 3);
     });
 }
 
@@ -112,7 +194,7 @@ fn a_stopped_vmm_is_killed(containerd: &mut Containerd) {
     let client = containerd.client();
     containerd.block_on(async {
         let task = started(&client).await;
-        signal(containerd, "vmm", Signal::STOP);
+        containerd.signal("vmm", Signal::STOP);
         let asked = Instant::now();
         task.kill(9).await.expect("killed");
         assert_eq!(task.wait().await.expect("waited"), 137);
@@ -133,26 +215,5 @@ fn nobody_reads_and_the_container_is_killed_in_time(containerd: &mut Containerd)
         assert_eq!(task.wait().await.expect("waited"), 137);
         assert_eq!(task.remove().await.expect("removed"), 137);
         assert!(asked.elapsed() < CONVERGED, "{:?}", asked.elapsed());
-    });
-}
-
-fn cycles_leave_nothing(containerd: &mut Containerd) {
-    /// Of the 500 that are wanted, what an emulated host does in a minute.
-    const IN_A_ROW: usize = 3;
-    const AT_A_TIME: usize = 3;
-    let client = containerd.client();
-    containerd.block_on(async {
-        for number in 0..IN_A_ROW {
-            let id = format!("row-{number}");
-            let mut task = client.create(&id, &SLEEP, |_| {}).await.expect("created");
-            task.start().await.expect("started");
-            assert_eq!(task.kill_and_remove().await.expect("removed"), 137);
-        }
-        let at_once = (0..AT_A_TIME).map(|number| {
-            let client = client.clone();
-            async move { client.run(&format!("time-{number}"), &["echo", "x"], |_| {}).await }
-        });
-        let ended = join_all(at_once).await;
-        assert_eq!(ended, vec![(0, "x\n".to_owned()); AT_A_TIME]);
     });
 }

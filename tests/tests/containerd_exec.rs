@@ -121,8 +121,7 @@ fn limits_change_and_statistics_tell_what_is_used(containerd: &mut Containerd) {
 }
 
 fn a_slow_reader_gets_everything(containerd: &mut Containerd) {
-    /// Smaller than the 100 MB that the pipes of an emulated host would take minutes for.
-    const LEN: usize = 20 << 20;
+    const LEN: usize = 100_000_000;
     let client = containerd.client();
     let dir = containerd.path("");
     containerd.block_on(async {

@@ -10,9 +10,8 @@ use tests::Story;
 use tests::pod::Pod;
 use tokio::io::AsyncReadExt as _;
 
-/// Containers in all, and fewer where time is dear.
+/// Containers in all.
 const CONTAINER_COUNT: usize = 1000;
-const FEW_CONTAINERS: usize = 100;
 /// Containers that run at once.
 const CONCURRENCY: usize = 4;
 /// Bytes before the last line: more than one packet of vsock.
@@ -37,8 +36,7 @@ async fn run(pod: &Pod, id: &str) -> Result<(u32, Vec<u8>), CallError> {
 async fn the_last_bytes_of_many_short_containers_arrive() {
     let story = Story::new();
     let pod = Pod::boot_with(&story, VmSize { vcpus: 2, memory_mib: 512 }, Network::default()).await;
-    let container_count = if tests::tells_all() { CONTAINER_COUNT } else { FEW_CONTAINERS };
-    let runs = stream::iter(0..container_count).map(async |number| {
+    let runs = stream::iter(0..CONTAINER_COUNT).map(async |number| {
         let id = format!("c{number}");
         let (status, output) = run(&pod, &id).await?;
         let last_line = format!("last of {id}\n");
@@ -48,7 +46,7 @@ async fn the_last_bytes_of_many_short_containers_arrive() {
     });
     let done = runs.buffer_unordered(CONCURRENCY).try_fold(0, async |count, ()| Ok(count + 1)).await;
     match done {
-        Ok(count) => assert_eq!(count, container_count),
+        Ok(count) => assert_eq!(count, CONTAINER_COUNT),
         Err(error) => panic!("{error}; the VM: {:?}", tokio::time::timeout(END_DEADLINE, pod.0.ended()).await),
     }
     pod.0.stop().await;

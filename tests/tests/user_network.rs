@@ -149,9 +149,9 @@ fn the_guest_does_not_reach_the_loopback_of_the_host() {
 fn hosts_are_added_and_a_container_without_a_network_has_loopback() {
     let story = Story::new();
     let options = ["--network", "none", "--add-host", "db:10.0.0.9", "--hostname", "box"];
-    let done = story.run(&options, &["sh", "-c", "cat /etc/hosts; ls /sys/class/net; ping -c 1 127.0.0.1"]);
+    let done = story.run(&options, &["sh", "-c", "cat /etc/hosts; echo $(ls /sys/class/net); ping -c 1 127.0.0.1"]);
     assert!(done.success().contains("10.0.0.9\tdb\n127.0.0.1\tbox\n"), "{done:?}");
-    assert!(done.stdout.contains("\nlo\n") && !done.stdout.contains("eth0"), "{done:?}");
+    assert!(done.stdout.lines().any(|line| line == "lo"), "no other interface: {done:?}");
     assert!(done.stdout.contains("1 packets received"), "{done:?}");
     assert_eq!(done.stderr, "");
 }
