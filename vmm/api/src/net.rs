@@ -50,6 +50,9 @@ pub enum Backend {
     /// A TAP interface (tun(4)), made with `IFF_NO_PI` and `IFF_VNET_HDR`: one descriptor for each queue pair, 1 to
     /// [`MAX_QUEUE_PAIRS`].
     Tap,
+    /// As `Tap`, and behind those descriptors as many of /dev/vhost-net, which nobody has used: the host's kernel carries the frames. It
+    /// checks none of them, so there can be no limit and no `only_from`, and the VMM counts nothing.
+    Vhost,
     /// One connected stream socket: each frame behind its length as 4 bytes, big-endian, as `passt` speaks it.
     Stream,
 }
@@ -64,7 +67,7 @@ pub struct RateLimit {
     pub frames_per_s: u64,
 }
 
-/// What an interface has carried.
+/// What an interface has carried; all of it 0 with [`Backend::Vhost`].
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 pub struct NetStats {
     /// The interface's name.

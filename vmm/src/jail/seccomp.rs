@@ -71,6 +71,18 @@ const TUNGETIFF: u64 = 0x8004_54d2;
 const TUNSETVNETHDRSZ: u64 = 0x4004_54d8;
 const TUNSETOFFLOAD: u64 = 0x4004_54d0;
 const TUNSETQUEUE: u64 = 0x4004_54d9;
+const KVM_IRQFD: u64 = 0x4020_ae76;
+const KVM_SET_GSI_ROUTING: u64 = 0x4008_ae6a;
+const VHOST_GET_FEATURES: u64 = 0x8008_af00;
+const VHOST_SET_FEATURES: u64 = 0x4008_af00;
+const VHOST_SET_OWNER: u64 = 0xaf01;
+const VHOST_SET_MEM_TABLE: u64 = 0x4008_af03;
+const VHOST_SET_VRING_NUM: u64 = 0x4008_af10;
+const VHOST_SET_VRING_ADDR: u64 = 0x4028_af11;
+const VHOST_SET_VRING_BASE: u64 = 0x4008_af12;
+const VHOST_SET_VRING_KICK: u64 = 0x4008_af20;
+const VHOST_SET_VRING_CALL: u64 = 0x4008_af21;
+const VHOST_NET_SET_BACKEND: u64 = 0x4008_af30;
 const FIONBIO: u64 = 0x5421;
 const PR_SET_NAME: u64 = 15;
 const PR_CAPBSET_READ: u64 = 23;
@@ -207,6 +219,22 @@ const NET: &[Allowed] = &[
 const VSOCK_FINISH: &[Allowed] =
     &[one_of(libc::SYS_ioctl, 1, &[FIONBIO]), one_of(libc::SYS_fcntl, 1, DESCRIPTOR_FLAGS), always(libc::SYS_sendto)];
 
+/// Of rings that the host's kernel serves, and of the interrupts that it sends for them.
+const VHOST: &[u64] = &[
+    KVM_IRQFD,
+    KVM_SET_GSI_ROUTING,
+    VHOST_GET_FEATURES,
+    VHOST_SET_FEATURES,
+    VHOST_SET_OWNER,
+    VHOST_SET_MEM_TABLE,
+    VHOST_SET_VRING_NUM,
+    VHOST_SET_VRING_ADDR,
+    VHOST_SET_VRING_BASE,
+    VHOST_SET_VRING_KICK,
+    VHOST_SET_VRING_CALL,
+    VHOST_NET_SET_BACKEND,
+];
+
 /// Beside all that its children may do, whose filters only add to this one.
 const DEVICES: &[Allowed] = &[
     one_of(libc::SYS_clone, 0, &[CLONE_THREAD]),
@@ -215,6 +243,7 @@ const DEVICES: &[Allowed] = &[
     always(libc::SYS_epoll_create1),
     always(libc::SYS_eventfd2),
     one_of(libc::SYS_ioctl, 1, &[KVM_IOEVENTFD, TUNGETIFF, TUNSETVNETHDRSZ, TUNSETOFFLOAD, FIONBIO]),
+    one_of(libc::SYS_ioctl, 1, VHOST),
     one_of(libc::SYS_prctl, 0, &[PR_SET_NAME, PR_SET_NO_NEW_PRIVS]),
     // How large a stack may be; of another process, nothing.
     one_of(libc::SYS_prlimit64, 0, &[0]),

@@ -20,7 +20,7 @@ pub mod rng;
 pub mod vsock;
 
 use crate::device_thread::DeviceThread;
-pub use pci::Interrupt;
+pub use pci::{Interrupt, Irqfd};
 
 /// Guest RAM as every device sees it.
 ///

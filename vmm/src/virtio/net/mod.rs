@@ -6,6 +6,8 @@
 //!          ─ control ─► ControlQueue ─► Shared ─► workers           event loop
 //! ```
 //!
+//! With vhost-net (`vhost.rs`) the host's kernel has both rings of a pair, and there are no workers.
+//!
 //! Segmentation and checksums are left to the host's kernel where the backend can pass the header on.
 
 use std::borrow::Cow;
@@ -16,7 +18,7 @@ use std::time::Instant;
 
 use thiserror::Error;
 use virtio_queue::QueueT as _;
-use vmm_api::net::{Backend as BackendKind, MAX_QUEUE_PAIRS, MIN_MTU, NetDevice, NetStats};
+use vmm_api::net::{Backend as BackendKind, MAX_QUEUE_PAIRS, MIN_MTU, NetDevice, NetStats, RateLimit};
 
 use super::{ActivateError, Activation, ActiveQueue, VirtioDevice};
 use crate::event_loop::{EventSet, Registry, lock};
@@ -30,6 +32,7 @@ use spoof::SpoofGuard;
 use stream::Stream;
 use tap::Tap;
 use tx::Tx;
+use vhost::{Follower, VhostPairs};
 use worker::{Pair, Worker};
 
 mod backend;
@@ -45,6 +48,7 @@ mod stream;
 mod tap;
 mod tx;
 mod used;
+mod vhost;
 mod worker;
 
 const VIRTIO_ID_NET: u16 = 1;
@@ -65,7 +69,10 @@ const VIRTIO_NET_S_LINK_UP: u16 = 1;
 #[derive(Debug, Error)]
 pub enum NetError {
     /// Too few or too many descriptors.
-    #[error("{count} descriptors for a network interface: a TAP interface has 1 to {MAX_QUEUE_PAIRS}, a stream has 1")]
+    #[error(
+        "{count} descriptors for a network interface: a TAP interface has 1 to {MAX_QUEUE_PAIRS}, with vhost-net twice as \
+         many, a stream has 1"
+    )]
     DescriptorCount {
         /// How many came.
         count: usize,
@@ -82,6 +89,18 @@ pub enum NetError {
     /// A descriptor cannot carry frames.
     #[error("a descriptor cannot carry frames")]
     Backend(#[source] io::Error),
+    /// The host's vhost-net does not work.
+    #[error("vhost-net of this host cannot be used")]
+    Vhost(#[source] ::vhost::Error),
+    /// The host's vhost-net is too old.
+    #[error("vhost-net of this host lacks the features {missing:#x}")]
+    VhostFeatures {
+        /// Those.
+        missing: u64,
+    },
+    /// Somebody has to look at the frames.
+    #[error("an interface with limits, or with addresses that it can send from, cannot be vhost-net's")]
+    Unchecked,
 }
 
 /// The device.
@@ -91,6 +110,8 @@ pub struct Net {
     backend_features: u64,
     /// Those of the pairs that no worker has.
     backends: Vec<Box<dyn Backend>>,
+    /// All pairs, when the host's kernel works on them.
+    vhost: Option<Arc<Mutex<VhostPairs>>>,
     workers: Vec<Worker>,
     control: Option<Arc<Mutex<ControlQueue>>>,
     registry: Registry,
@@ -138,27 +159,26 @@ impl Net {
         if device.mtu < MIN_MTU {
             return Err(NetError::Mtu { mtu: device.mtu });
         }
-        let most = if device.backend == BackendKind::Tap { usize::from(MAX_QUEUE_PAIRS) } else { 1 };
-        if !(1..=most).contains(&fds.len()) {
-            return Err(NetError::DescriptorCount { count: fds.len() });
-        }
-        let pair_count = fds.len();
+        let pair_count = check_count(device.backend, fds.len())?;
         let mut backends: Vec<Box<dyn Backend>> = Vec::new();
-        for fd in fds {
-            backends.push(match device.backend {
-                BackendKind::Tap => {
-                    let tap = Tap::open(fd).map_err(NetError::Backend)?;
-                    if pair_count > 1 && !tap.is_multi_queue() {
-                        return Err(NetError::OneQueue);
-                    }
-                    Box::new(tap)
+        let mut vhost = None;
+        match device.backend {
+            BackendKind::Tap => {
+                for tap in open_taps(fds)? {
+                    backends.push(Box::new(tap));
                 }
-                BackendKind::Stream => Box::new(Stream::open(fd).map_err(NetError::Backend)?),
-            });
+            }
+            BackendKind::Vhost => vhost = Some(open_vhost(&device, fds)?),
+            BackendKind::Stream => {
+                for fd in fds {
+                    backends.push(Box::new(Stream::open(fd).map_err(NetError::Backend)?));
+                }
+            }
         }
         let mut queue_sizes = vec![QUEUE_SIZE; pair_count * 2];
         queue_sizes.push(CONTROL_QUEUE_SIZE);
-        let backend_features = backends.iter().fold(u64::MAX, |common, backend| common & backend.features());
+        let most = vhost.as_ref().map_or(u64::MAX, VhostPairs::features);
+        let backend_features = backends.iter().fold(most, |common, backend| common & backend.features());
         let shared = Arc::new(Shared::default());
         shared.disconnect();
         Ok(Self {
@@ -166,6 +186,7 @@ impl Net {
             queue_sizes,
             backend_features,
             backends,
+            vhost: vhost.map(|pairs| Arc::new(Mutex::new(pairs))),
             workers: Vec::new(),
             control: None,
             registry,
@@ -184,6 +205,9 @@ impl Net {
     }
 
     fn start_pair(&mut self, index: usize, queues: [ActiveQueue; 2], with: &Activation) -> Result<(), ActivateError> {
+        if let Some(pairs) = &self.vhost {
+            return lock(pairs).start(index, queues, with);
+        }
         let host = |action| move |source| ActivateError::Host { action, source };
         let backend = self.backends.first().ok_or(ActivateError::QueueMissing { index })?;
         backend.set_features(with.features).map_err(host("set the offloads of a TAP interface"))?;
@@ -220,6 +244,15 @@ impl Net {
             .map_err(|source| ActivateError::Host { action: "watch a queue", source })?;
         self.control = Some(control);
         Ok(())
+    }
+
+    /// Lets the host's kernel move frames, if that is who does.
+    fn start_vhost(&self, with: &Activation) -> Result<(), ActivateError> {
+        let host = |action| move |source| ActivateError::Host { action, source };
+        let Some(pairs) = &self.vhost else { return Ok(()) };
+        self.shared.set_follower(Follower { pairs: pairs.clone(), device_thread: with.device_thread.clone() });
+        let following = lock(pairs).follow(self.shared.link_up(), self.shared.active_pairs());
+        following.map_err(host("hand a TAP interface to vhost-net"))
     }
 
     fn device_pairs(&self) -> u16 {
@@ -268,6 +301,7 @@ impl VirtioDevice for Net {
                 return Err(ActivateError::QueueMissing { index: 0 });
             }
         }
+        self.start_vhost(&activation)?;
         // The control queue follows the pairs that are in use (VIRTIO 1.2, 5.1.2).
         match queues.next().filter(|queue| queue.queue.ready()) {
             Some(queue) => self.start_control(queue, &activation),
@@ -284,8 +318,43 @@ impl VirtioDevice for Net {
                 self.backends.insert(0, backend);
             }
         }
+        if let Some(pairs) = &self.vhost {
+            lock(pairs).stop();
+        }
         self.shared.disconnect();
     }
+}
+
+/// Returns the number of queue pairs.
+fn check_count(backend: BackendKind, count: usize) -> Result<usize, NetError> {
+    let (for_each, most) = match backend {
+        BackendKind::Tap => (1, MAX_QUEUE_PAIRS.into()),
+        BackendKind::Vhost => (2, MAX_QUEUE_PAIRS.into()),
+        BackendKind::Stream => (1, 1),
+    };
+    let pair_count = count / for_each;
+    if !count.is_multiple_of(for_each) || !(1..=most).contains(&pair_count) {
+        return Err(NetError::DescriptorCount { count });
+    }
+    Ok(pair_count)
+}
+
+fn open_taps(fds: Vec<OwnedFd>) -> Result<Vec<Tap>, NetError> {
+    let several = fds.len() > 1;
+    let open = |fd| {
+        let tap = Tap::open(fd).map_err(NetError::Backend)?;
+        if several && !tap.is_multi_queue() { Err(NetError::OneQueue) } else { Ok(tap) }
+    };
+    fds.into_iter().map(open).collect()
+}
+
+fn open_vhost(device: &NetDevice, mut taps: Vec<OwnedFd>) -> Result<VhostPairs, NetError> {
+    let none = RateLimit::default();
+    if device.rx_limit != none || device.tx_limit != none || device.only_from.is_some() {
+        return Err(NetError::Unchecked);
+    }
+    let fds = taps.split_off(taps.len() / 2);
+    VhostPairs::open(open_taps(taps)?, fds)
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use vmm_api::net::NetStats;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::vhost::Follower;
 use crate::event_loop::lock;
 use crate::virtio::Interrupt;
 
@@ -37,6 +38,7 @@ pub(super) struct Shared {
 struct Wiring {
     config_changed: Option<Interrupt>,
     wakes: Vec<EventFd>,
+    follower: Option<Follower>,
 }
 
 #[derive(Debug, Default)]
@@ -104,6 +106,11 @@ impl Shared {
         Ok(())
     }
 
+    /// Queue pairs that the host's kernel works on.
+    pub(super) fn set_follower(&self, follower: Follower) {
+        lock(&self.wiring).follower = Some(follower);
+    }
+
     /// The driver has reset the device.
     pub(super) fn disconnect(&self) {
         *lock(&self.wiring) = Wiring::default();
@@ -111,9 +118,13 @@ impl Shared {
     }
 
     fn wake_all(&self) {
-        for wake in &lock(&self.wiring).wakes {
+        let wiring = lock(&self.wiring);
+        for wake in &wiring.wakes {
             // A counter that is full wakes as well.
             let _ = wake.write(1);
+        }
+        if let Some(follower) = &wiring.follower {
+            follower.follow(self.link_up(), self.active_pairs());
         }
     }
 

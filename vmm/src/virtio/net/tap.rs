@@ -8,6 +8,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 
 use libc::{IFF_ATTACH_QUEUE, IFF_DETACH_QUEUE, IFF_NO_PI, IFF_TAP, IFF_VNET_HDR, ifreq, iovec};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use vhost::vhost_kern::vhost_binding::{VHOST_NET_SET_BACKEND, vhost_vring_file};
 use vm_memory::GuestMemory as _;
 
 use super::backend::{Backend, Frame};
@@ -182,6 +183,13 @@ impl Backend for Tap {
     fn is_behind(&self) -> bool {
         false
     }
+}
+
+/// Has vhost-net carry frames between one of its rings and a queue, or between that ring and nothing (linux/vhost.h).
+pub(super) fn set_backend(vhost: BorrowedFd<'_>, ring: u32, tap: Option<&Tap>) -> io::Result<()> {
+    let file = vhost_vring_file { index: ring, fd: tap.map_or(-1, |tap| tap.fd.as_raw_fd()) };
+    // SAFETY: VHOST_NET_SET_BACKEND reads one `vhost_vring_file`, which `file` is.
+    check(unsafe { libc::ioctl(vhost.as_raw_fd(), VHOST_NET_SET_BACKEND(), &raw const file) })
 }
 
 fn check(returned: i32) -> io::Result<()> {

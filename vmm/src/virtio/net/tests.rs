@@ -342,3 +342,38 @@ proptest! {
         driver.net.reset();
     }
 }
+
+#[test]
+fn vhost_net_takes_no_interface_that_somebody_must_look_at() {
+    let limit = RateLimit { bytes_per_s: 1, frames_per_s: 0 };
+    let vhost = || NetDevice { backend: BackendKind::Vhost, ..device() };
+    let refusal = |device| {
+        let fds = <[UnixStream; 2]>::from(UnixStream::pair().expect("a socket pair")).map(OwnedFd::from);
+        Net::open(device, fds.into(), Registry::create().expect("epoll")).err().expect("refused")
+    };
+    for device in [
+        NetDevice { rx_limit: limit, ..vhost() },
+        NetDevice { tx_limit: limit, ..vhost() },
+        NetDevice { only_from: Some(Vec::new()), ..vhost() },
+    ] {
+        assert!(matches!(refusal(device), NetError::Unchecked));
+    }
+    assert!(matches!(refusal(vhost()), NetError::Backend(_)), "a socket is no TAP interface");
+}
+
+#[test]
+fn descriptors_are_counted_for_each_kind_of_interface() {
+    assert_eq!(check_count(BackendKind::Tap, 8).ok(), Some(8));
+    assert_eq!(check_count(BackendKind::Vhost, 16).ok(), Some(8));
+    assert_eq!(check_count(BackendKind::Stream, 1).ok(), Some(1));
+    for (backend, count) in [
+        (BackendKind::Tap, 0),
+        (BackendKind::Tap, 9),
+        (BackendKind::Vhost, 0),
+        (BackendKind::Vhost, 3),
+        (BackendKind::Vhost, 18),
+        (BackendKind::Stream, 2),
+    ] {
+        assert!(matches!(check_count(backend, count), Err(NetError::DescriptorCount { .. })), "{backend:?} {count}");
+    }
+}

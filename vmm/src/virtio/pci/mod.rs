@@ -7,7 +7,7 @@
 //!
 //! Decided: an interrupt is the ioctl `KVM_SIGNAL_MSI` with the vector's own address and data. Because: it costs the one
 //! system call that writing an irqfd would, needs no routing table, and so no grace period when the guest sets up its
-//! vectors. Instead of: one irqfd and one routing entry per vector.
+//! vectors. Instead of: one irqfd and one routing entry per vector, which only queues have that the host's kernel serves.
 //!
 //! Lock order: the configuration ports, then the slot table, then a device's transport, then its vector table. The memory
 //! bus's table of ranges is a leaf, and no lock of a device's own is held when the slot table is taken.
@@ -30,11 +30,14 @@ pub(crate) mod fuzz;
 mod msix;
 #[cfg(any(test, fuzzing))]
 mod owed;
+mod routes;
 mod transport;
 
 use doorbells::Doorbells;
-pub use msix::Interrupt;
 use msix::MessageTarget;
+pub use msix::{Interrupt, Irqfd};
+use routes::{Routes, first_gsi};
+pub(crate) use transport::RING_FEATURES;
 use transport::{Host, QUEUE_REGISTERS, QUEUE_REGISTERS_LEN, Transport};
 
 /// What is written here selects the register that is shown behind it, and does nothing else.
@@ -77,6 +80,7 @@ pub enum PciError {
 /// The bus.
 pub struct PciBus {
     vm: Arc<VmFd>,
+    routes: Arc<Routes>,
     memory: Arc<GuestMemory>,
     /// Where the windows are.
     mmio: Arc<Bus>,
@@ -96,7 +100,8 @@ impl PciBus {
     /// An empty bus whose devices have their windows in `mmio`.
     #[must_use]
     pub fn new(vm: Arc<VmFd>, memory: Arc<GuestMemory>, mmio: Arc<Bus>, device_thread: DeviceThread) -> Self {
-        Self { vm, memory, mmio, slots: Mutex::default(), device_thread }
+        let routes = Arc::new(Routes::new(vm.clone()));
+        Self { vm, routes, memory, mmio, slots: Mutex::default(), device_thread }
     }
 
     /// Where devices are made, started and reset.
@@ -123,7 +128,7 @@ impl PciBus {
             Ok::<_, PciError>((doorbells, kicks))
         });
         let (doorbells, kicks) = created?;
-        let messages = MessageTarget::Vm(self.vm.clone());
+        let messages = MessageTarget::Vm { routes: self.routes.clone(), first_gsi: first_gsi(index) };
         let host = Host { messages, memory: self.memory.clone(), device_thread: self.device_thread.clone() };
         let transport = Transport::new(device, kicks, window, host);
         let transport = Arc::new(Mutex::new(transport));

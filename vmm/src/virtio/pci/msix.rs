@@ -1,11 +1,15 @@
 //! MSI-X (PCI 3.0, 6.8.2): the table of vectors that the guest fills, and the pending bits of masked ones.
+//!
+//! We send a vector's message ourselves ([`Interrupt`]), or the host's kernel does, by an eventfd ([`Irqfd`]). While the vector is
+//! masked, the eventfd keeps what was written to it.
 
 use std::io;
 use std::sync::{Arc, Mutex};
 
 use kvm_bindings::kvm_msi;
-use kvm_ioctls::VmFd;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::routes::{Message, Routes};
 use crate::event_loop::lock;
 
 /// "No vector" in the transport's registers (VIRTIO 1.2, 4.1.5.1.2).
@@ -14,14 +18,15 @@ const ENTRY_LEN: usize = 16;
 const CONTROL_MASKED: u32 = 1;
 
 /// The vectors of one device.
+#[derive(Clone)]
 pub(super) struct MsixTable {
     shared: Arc<Mutex<Vectors>>,
 }
 
 /// Where messages go.
 pub(super) enum MessageTarget {
-    /// To the vCPUs.
-    Vm(Arc<VmFd>),
+    /// To the vCPUs; the lines of the device begin at `first_gsi`.
+    Vm { routes: Arc<Routes>, first_gsi: u32 },
     /// To a test: address and data.
     #[cfg(any(test, fuzzing))]
     Test(std::sync::mpsc::Sender<(u64, u32)>),
@@ -30,18 +35,37 @@ pub(super) enum MessageTarget {
 impl MessageTarget {
     fn send(&self, entry: &Entry) -> io::Result<()> {
         match self {
-            Self::Vm(vm) => {
+            Self::Vm { routes, .. } => {
                 let (address_lo, address_hi, data) = (entry.word(0), entry.word(1), entry.word(2));
-                vm.signal_msi(kvm_msi { address_lo, address_hi, data, ..Default::default() })?;
+                routes.vm.signal_msi(kvm_msi { address_lo, address_hi, data, ..Default::default() })?;
             }
             #[cfg(any(test, fuzzing))]
             Self::Test(messages) => {
-                let address = u64::from(entry.word(1)) << 32 | u64::from(entry.word(0));
+                let Message { address, data } = entry.message();
                 // A test that does not listen is content.
-                let _ = messages.send((address, entry.word(2)));
+                let _ = messages.send((address, data));
             }
         }
         Ok(())
+    }
+
+    fn connect(&self, line: &Line, message: Message) -> io::Result<()> {
+        match self {
+            Self::Vm { routes, first_gsi } => {
+                let gsi = first_gsi + u32::from(line.vector);
+                routes.connect(&line.eventfd, gsi, message, line.connected.is_some())
+            }
+            #[cfg(any(test, fuzzing))]
+            Self::Test(_) => Ok(()),
+        }
+    }
+
+    fn disconnect(&self, line: &Line) {
+        match self {
+            Self::Vm { routes, first_gsi } => routes.disconnect(&line.eventfd, first_gsi + u32::from(line.vector)),
+            #[cfg(any(test, fuzzing))]
+            Self::Test(_) => {}
+        }
     }
 }
 
@@ -50,6 +74,15 @@ struct Vectors {
     enabled: bool,
     function_masked: bool,
     entries: Vec<Entry>,
+    lines: Vec<Line>,
+}
+
+/// A vector that the host's kernel uses.
+struct Line {
+    vector: u16,
+    eventfd: Arc<EventFd>,
+    /// What KVM sends when the eventfd is written.
+    connected: Option<Message>,
 }
 
 #[derive(Clone, Copy)]
@@ -67,6 +100,10 @@ impl Entry {
     fn masked(&self) -> bool {
         self.word(3) & CONTROL_MASKED != 0
     }
+
+    fn message(&self) -> Message {
+        Message { address: u64::from(self.word(1)) << 32 | u64::from(self.word(0)), data: self.word(2) }
+    }
 }
 
 impl MsixTable {
@@ -74,7 +111,8 @@ impl MsixTable {
     pub(super) fn new(count: usize, target: MessageTarget) -> Self {
         let mut masked = Entry { registers: [0; ENTRY_LEN], pending: false };
         masked.registers[12] = 1;
-        let vectors = Vectors { target, enabled: false, function_masked: false, entries: vec![masked; count] };
+        let vectors =
+            Vectors { target, enabled: false, function_masked: false, entries: vec![masked; count], lines: Vec::new() };
         Self { shared: Arc::new(Mutex::new(vectors)) }
     }
 
@@ -120,7 +158,18 @@ impl MsixTable {
         }
     }
 
-    /// Reads the pending bits.
+    /// Whether a line of the host's kernel is yet to follow what the guest has written.
+    pub(super) fn lines_are_behind(&self) -> bool {
+        let vectors = lock(&self.shared);
+        vectors.lines.iter().any(|line| line.connected != vectors.message(line.vector))
+    }
+
+    /// Lets the lines follow; on the thread of devices.
+    pub(super) fn follow(&self) {
+        lock(&self.shared).follow();
+    }
+
+    /// Reads the pending bits, which do not tell of what the host's kernel has left pending.
     pub(super) fn read_pending(&self, offset: usize, data: &mut [u8]) {
         let vectors = lock(&self.shared);
         for (at, byte) in (offset..).zip(data) {
@@ -143,6 +192,37 @@ impl Vectors {
         }
         entry.pending = false;
         self.target.send(entry)
+    }
+
+    /// What a vector sends at once.
+    fn message(&self, vector: u16) -> Option<Message> {
+        let entry = self.entries.get(usize::from(vector))?;
+        (self.enabled && !self.function_masked && !entry.masked()).then(|| entry.message())
+    }
+
+    fn follow(&mut self) {
+        let wanted: Vec<_> = self.lines.iter().map(|line| self.message(line.vector)).collect();
+        for (line, wanted) in self.lines.iter_mut().zip(wanted) {
+            if line.connected == wanted {
+                continue;
+            }
+            // KVM refuses nonsense, which is then silent.
+            let connected = wanted.filter(|message| self.target.connect(line, *message).is_ok());
+            if connected.is_none() && line.connected.is_some() {
+                self.target.disconnect(line);
+            }
+            line.connected = connected;
+        }
+    }
+
+    fn close(&mut self, eventfd: &Arc<EventFd>) {
+        let of_it = |line: &Line| Arc::ptr_eq(&line.eventfd, eventfd);
+        if let Some(index) = self.lines.iter().position(of_it) {
+            let line = self.lines.swap_remove(index);
+            if line.connected.is_some() {
+                self.target.disconnect(&line);
+            }
+        }
     }
 
     fn deliver_pending(&mut self, index: usize) {
@@ -171,6 +251,40 @@ impl Interrupt {
         }
         lock(&self.table).signal(self.vector.into())
     }
+
+    /// Lets the host's kernel send it, from now until the [`Irqfd`] is dropped. Both on the thread of devices.
+    ///
+    /// # Errors
+    /// When the host refuses an eventfd.
+    pub fn irqfd(&self) -> io::Result<Irqfd> {
+        let eventfd = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let mut vectors = lock(&self.table);
+        if self.vector != VIRTIO_MSI_NO_VECTOR {
+            vectors.lines.push(Line { vector: self.vector, eventfd: eventfd.clone(), connected: None });
+            vectors.follow();
+        }
+        Ok(Irqfd { table: self.table.clone(), eventfd })
+    }
+}
+
+/// Sends an interrupt when its eventfd is written, or when the vector is no longer masked. Without a vector nobody hears it.
+pub struct Irqfd {
+    table: Arc<Mutex<Vectors>>,
+    eventfd: Arc<EventFd>,
+}
+
+impl Irqfd {
+    /// What to write.
+    #[must_use]
+    pub fn eventfd(&self) -> &EventFd {
+        &self.eventfd
+    }
+}
+
+impl Drop for Irqfd {
+    fn drop(&mut self) {
+        lock(&self.table).close(&self.eventfd);
+    }
 }
 
 #[cfg(any(test, fuzzing))]
@@ -188,7 +302,8 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::{MessageTarget, MsixTable};
+    use super::{Message, MessageTarget, MsixTable, VIRTIO_MSI_NO_VECTOR};
+    use crate::event_loop::lock;
 
     fn table() -> (MsixTable, Receiver<(u64, u32)>) {
         let (messages, heard) = mpsc::channel();
@@ -243,6 +358,39 @@ mod tests {
         table.interrupt(3).trigger().expect("trigger");
         table.interrupt(0xffff).trigger().expect("trigger");
         assert!(heard.try_recv().is_err());
+    }
+
+    /// What KVM sends for each line.
+    fn connected(table: &MsixTable) -> Vec<Option<Message>> {
+        table.follow();
+        assert!(!table.lines_are_behind());
+        lock(&table.shared).lines.iter().map(|line| line.connected).collect()
+    }
+
+    #[test]
+    fn lines_of_the_host_s_kernel_follow_address_data_and_masks() {
+        let (table, _heard) = table();
+        let (first, second) =
+            (table.interrupt(1).irqfd().expect("a line"), table.interrupt(1).irqfd().expect("a line"));
+        let _unheard = table.interrupt(VIRTIO_MSI_NO_VECTOR).irqfd().expect("no line");
+        fill(&table, 1);
+        assert_eq!(connected(&table), [None, None], "not before MSI-X is on");
+        table.set_control(true, false);
+        assert!(table.lines_are_behind());
+        let sent = Some(Message { address: 0xfee0_1000, data: 33 });
+        assert_eq!(connected(&table), [sent, sent]);
+        table.write_table(24, &[40, 0, 0, 0]);
+        assert_eq!(connected(&table)[0], Some(Message { address: 0xfee0_1000, data: 40 }));
+        table.write_table(28, &[1, 0, 0, 0]);
+        assert_eq!(connected(&table), [None, None], "masked");
+        table.write_table(28, &[0; 4]);
+        table.set_control(true, true);
+        assert_eq!(connected(&table), [None, None], "masked with all others");
+        drop(first);
+        table.set_control(true, false);
+        assert_eq!(connected(&table).len(), 1);
+        drop(second);
+        assert_eq!(connected(&table), []);
     }
 
     proptest! {

@@ -46,7 +46,8 @@ const DEVICE_NEEDS_RESET: u8 = 0x40;
 const VIRTIO_F_INDIRECT_DESC: u64 = 1 << 28;
 const VIRTIO_F_EVENT_IDX: u64 = 1 << 29;
 const VIRTIO_F_VERSION_1: u64 = 1 << 32;
-const TRANSPORT_FEATURES: u64 = VIRTIO_F_INDIRECT_DESC | VIRTIO_F_EVENT_IDX | VIRTIO_F_VERSION_1;
+/// What every queue has.
+pub(crate) const RING_FEATURES: u64 = VIRTIO_F_INDIRECT_DESC | VIRTIO_F_EVENT_IDX | VIRTIO_F_VERSION_1;
 
 /// From `queue_select` to the end of the common configuration: what the driver writes there counts when it reads a register, or
 /// writes the status, which lies before.
@@ -146,7 +147,16 @@ impl Transport {
         let moved = self.config_space.write(register, data);
         let control = self.config_space.u16_at(self.msix_capability + 2);
         self.msix.set_control(control & MSIX_ENABLE != 0, control & MSIX_FUNCTION_MASK != 0);
+        self.follow_vectors();
         moved.map(u64::from)
+    }
+
+    /// Lets the host's kernel send what the vectors say now, before the guest goes on.
+    fn follow_vectors(&self) {
+        if self.msix.lines_are_behind() {
+            let msix = self.msix.clone();
+            self.device_thread.call(move || msix.follow());
+        }
     }
 
     /// Ends all work for good. A vCPU that is about to touch a register meets nothing.
@@ -174,7 +184,7 @@ impl Transport {
     }
 
     fn offered_features(&self) -> u64 {
-        self.device().features() | TRANSPORT_FEATURES
+        self.device().features() | RING_FEATURES
     }
 
     fn selected(&mut self) -> Option<&mut QueueRegisters> {
@@ -376,7 +386,10 @@ impl BusDevice for Transport {
                     self.write_common(within, u32::from_le_bytes(value));
                 }
             }
-            MSIX_TABLE => self.msix.write_table(usize::try_from(within).unwrap_or(usize::MAX), data),
+            MSIX_TABLE => {
+                self.msix.write_table(usize::try_from(within).unwrap_or(usize::MAX), data);
+                self.follow_vectors();
+            }
             NOTIFY => {
                 // KVM signals doorbells itself, except at a place of the window that it could not watch.
                 let index = usize::try_from(within / u64::from(NOTIFY_MULTIPLIER)).unwrap_or(usize::MAX);
@@ -428,12 +441,12 @@ fn select_word(value: u64, select: u32) -> u32 {
     }
 }
 
-fn low(value: u64) -> u32 {
+pub(super) fn low(value: u64) -> u32 {
     let [a, b, c, d, ..] = value.to_le_bytes();
     u32::from_le_bytes([a, b, c, d])
 }
 
-fn high(value: u64) -> u32 {
+pub(super) fn high(value: u64) -> u32 {
     low(value >> 32)
 }
 
