@@ -67,12 +67,14 @@ pub(crate) struct NetworkRules {
     pub(crate) rx: RateLimit,
     /// What it sends.
     pub(crate) tx: RateLimit,
+    /// Whether the host's kernel carries the frames of an interface that has none of the above.
+    pub(crate) vhost: bool,
 }
 
 impl NetworkRules {
     /// As the interfaces have it.
     pub(crate) fn policy(&self) -> Policy {
-        Policy { rx_limit: self.rx, tx_limit: self.tx, anti_spoofing: self.anti_spoofing }
+        Policy { rx_limit: self.rx, tx_limit: self.tx, anti_spoofing: self.anti_spoofing, vhost: self.vhost }
     }
 }
 
@@ -197,10 +199,10 @@ mod tests {
     fn limits_of_the_network_are_those_of_its_interfaces() {
         let dir = tempfile::tempdir().expect("temporary directory");
         let path = dir.path().join("config.toml");
-        let text = "[network]\nanti_spoofing = true\ntx = { bytes_per_s = 1000000, frames_per_s = 0 }\n";
+        let text = "[network]\nanti_spoofing = true\nvhost = true\ntx = { bytes_per_s = 1000000, frames_per_s = 0 }\n";
         fs::write(&path, text).expect("file");
         let policy = Config::read(&path, true).expect("read").network.policy();
-        assert!(policy.anti_spoofing);
+        assert!(policy.anti_spoofing && policy.vhost);
         assert_eq!((policy.tx_limit.bytes_per_s, policy.rx_limit.bytes_per_s), (1_000_000, 0));
     }
 

@@ -11,15 +11,19 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use sandbox::network::tap;
 use sandbox::share::{Rootfs, rootfs_tree};
 use tests::Story;
 use tests::guest::{self, config};
+use tests::lan::{Lan, ip};
 use vmm_api::control::{Message, Reply, Request, State};
 use vmm_api::net::{Backend, MacAddress, NetConfig, NetDevice, RateLimit};
 use vmm_api::{CachePolicy, Fd, HostPort, ShareConfig, VmConfig, VsockConfig};
 
 /// Fewer verdicts than this are not the whole kit.
 const LEAST_CASES: usize = 950;
+/// The same, of one interface.
+const LEAST_VHOST_CASES: usize = 270;
 /// No case takes longer.
 const CASE_DEADLINE: Duration = Duration::from_secs(60);
 /// The VMM's own memory beside the guest's RAM, at its peak.
@@ -35,16 +39,20 @@ struct Hostile {
     console: mpsc::Receiver<String>,
 }
 
-fn describe() -> VmConfig {
-    let device = NetDevice {
+fn interface(backend: Backend) -> NetDevice {
+    NetDevice {
         name: "eth0".to_owned(),
         mac: MacAddress([2, 0, 0, 0, 0, 1]),
         mtu: 1500,
-        backend: Backend::Stream,
+        backend,
         rx_limit: RateLimit::default(),
         tx_limit: RateLimit::default(),
         only_from: None,
-    };
+    }
+}
+
+fn describe() -> VmConfig {
+    let device = interface(Backend::Stream);
     VmConfig {
         memory_mib: RAM_MIB,
         control: Fd(3),
@@ -58,20 +66,34 @@ fn describe() -> VmConfig {
     }
 }
 
+fn guest_file() -> OwnedFd {
+    let guest = std::env::var_os("HOSTILE_GUEST").expect("HOSTILE_GUEST names the guest: use `make test`");
+    File::open(guest).expect("the guest is built").into()
+}
+
 impl Hostile {
     fn start(share: OwnedFd, root_image: OwnedFd) -> Self {
-        let guest = std::env::var_os("HOSTILE_GUEST").expect("HOSTILE_GUEST names the guest: use `make test`");
         let (control, theirs) = UnixStream::pair().expect("a socket pair");
         let (console, console_end) = std::io::pipe().expect("a pipe");
         let (port, port_end) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).expect("a socket pair");
         let (net, net_end) = UnixStream::pair().expect("a socket pair");
         // In the order of the numbers in the configuration, 3 and up.
-        let guest = File::open(guest).expect("the guest is built");
-        let passed = vec![theirs.into(), guest.into(), console_end.into(), share, port_end, net_end.into(), root_image];
+        let passed = vec![theirs.into(), guest_file(), console_end.into(), share, port_end, net_end.into(), root_image];
         let vmm = guest::vmm(&describe(), passed).spawn().expect("the VMM starts");
         thread::spawn(move || accept(&port));
         thread::spawn(move || std::io::copy(&mut &net, &mut std::io::sink()));
+        Self { vmm, control: BufReader::new(control), console: lines(console) }
+    }
+
+    /// With a network interface alone, whose rings the host's kernel serves.
+    fn start_with_vhost(tap: OwnedFd, vhost: OwnedFd) -> Self {
+        let (control, theirs) = UnixStream::pair().expect("a socket pair");
+        let (console, console_end) = std::io::pipe().expect("a pipe");
+        let network = NetConfig { device: interface(Backend::Vhost), fds: vec![Fd(6), Fd(7)] };
+        let described = VmConfig { control: Fd(3), console: Some(Fd(5)), networks: vec![network], ..config(Fd(4)) };
+        let passed = vec![theirs.into(), guest_file(), console_end.into(), tap, vhost];
+        let vmm = guest::vmm(&described, passed).spawn().expect("the VMM starts");
         Self { vmm, control: BufReader::new(control), console: lines(console) }
     }
 
@@ -178,4 +200,31 @@ fn no_case_of_the_hostile_guest_harms_the_vmm_or_the_host() {
     let mut rest = String::new();
     // The last message was the exit.
     assert_eq!(hostile.control.read_to_string(&mut rest).expect("the end"), 0, "{rest}");
+}
+
+/// The link goes down and comes back while the guest attacks.
+#[test]
+fn the_hostile_guest_does_not_harm_a_vmm_with_vhost_net() {
+    let _lan = Lan::enter();
+    let (name, mut taps) = tap::create(1).expect("a TAP interface");
+    ip(&format!("link set {name} up"));
+    let vhost = File::options().read(true).write(true).open("/dev/vhost-net").expect("the host has vhost-net");
+    let mut hostile = Hostile::start_with_vhost(taps.remove(0), vhost.into());
+    let first = hostile.verdict("nothing");
+    let descriptors_before = hostile.descriptor_count();
+    for up in [false, true] {
+        let link = Request::SetLink { name: "eth0".to_owned(), up };
+        assert_eq!(hostile.ask(&link), Message::Reply(Reply::Done));
+    }
+    let verdicts = hostile.verdicts(first);
+    let failed: Vec<_> = verdicts.iter().filter(|line| line.starts_with("FAILED")).collect();
+    // vhost-net stops at them, until the next reset.
+    let stopped = ["nothing", "half-a-header"].map(|case| format!("FAILED net/frame/{case}: a frame is kept for ever"));
+    assert_eq!(failed, stopped.iter().collect::<Vec<_>>());
+    assert!(verdicts.len() >= LEAST_VHOST_CASES, "{} cases", verdicts.len());
+    let descriptors = hostile.descriptor_count();
+    assert!(descriptors <= descriptors_before + 8, "{descriptors_before} descriptors became {descriptors}");
+    assert_eq!(hostile.ask(&Request::Shutdown), Message::Reply(Reply::Done));
+    assert!(matches!(hostile.next(), Message::Exited(_)));
+    assert!(hostile.vmm.wait().expect("waited").code().is_some());
 }

@@ -1,21 +1,48 @@
 //! The network of a pod VM, wired by real CNI plugins in a host network of the story's own.
 
+use std::fs;
+
 use sandbox::ProcessId;
 use sandbox::network::pod::{PodOptions, attach};
 use sandbox::network::{Network, Policy};
+use sandbox::plan::VmSize;
 use serde_json::{Value, json};
 use tests::Story;
 use tests::lan::{Attachment, Lan, Netns, bridge, ip};
 use tests::pod::{Pod, SMALL};
 use tokio::io::AsyncReadExt as _;
 
-fn network(netns: &Netns) -> Network {
-    attach(&netns.path(), &options()).expect("the namespace is joined")
+/// Two pairs of queues, of which a guest with one CPU uses one.
+fn network(netns: &Netns, policy: Policy) -> Network {
+    let options = PodOptions { queue_pairs: 2, resolv_conf: "nameserver 10.88.0.1\n".to_owned(), policy };
+    attach(&netns.path(), &options).expect("the namespace is joined")
 }
 
-fn options() -> PodOptions {
-    let policy = Policy { anti_spoofing: true, ..Default::default() };
-    PodOptions { queue_pairs: 1, resolv_conf: "nameserver 10.88.0.1\n".to_owned(), policy }
+/// Names of the threads of a pod's VMM; some kernels count vhost's among them.
+fn threads(pod: &Pod) -> Vec<String> {
+    let tasks = fs::read_dir(format!("/proc/{}/task", pod.0.vmm_pid())).expect("the VMM runs");
+    tasks.map(|task| fs::read_to_string(task.expect("a thread").path().join("comm")).expect("a name")).collect()
+}
+
+fn has_thread(pod: &Pod, name: &str) -> bool {
+    threads(pod).iter().any(|thread| thread.starts_with(name))
+}
+
+/// Returns of a pod's vCPUs to its VMM.
+async fn exits(pod: &Pod) -> u64 {
+    let stats = pod.0.vm_stats().await.expect("answered");
+    stats.port_exits + stats.mmio_exits + stats.other_exits
+}
+
+/// Lets the guest's kernel lose its network device and find it again, with its addresses.
+fn rebind(attachment: &Attachment) -> String {
+    let (v4, v6) = (attachment.address('.'), attachment.address(':'));
+    format!(
+        "mount -o remount,rw /sys; device=$(basename $(readlink /sys/class/net/eth0/device)); \
+         cd /sys/bus/virtio/drivers/virtio_net; echo $device > unbind; echo $device > bind; \
+         echo 0 > /proc/sys/net/ipv6/conf/eth0/accept_dad; \
+         ip addr add {v4}/24 dev eth0; ip addr add {v6}/64 dev eth0; ip link set eth0 up; "
+    )
 }
 
 /// What `ping` needs.
@@ -32,7 +59,10 @@ async fn a_pod_reaches_the_host_and_is_reached_over_ipv4_and_ipv6() {
     let lan = Lan::enter();
     let netns = lan.netns();
     let attachment = Attachment::add(&netns, "eth0", vec![bridge(&story.volume(), 1500)]);
-    let pod = Pod::boot_with(&story, SMALL, network(&netns)).await;
+    // Rules keep the interface from vhost-net.
+    let policy = Policy { anti_spoofing: true, vhost: true, ..Default::default() };
+    let pod = Pod::boot_with(&story, SMALL, network(&netns, policy)).await;
+    assert!(has_thread(&pod, "net0"), "{:?}", threads(&pod));
     let script = "ip addr show eth0; ip route; ping -c 2 -W 20 10.88.0.1 && ping -6 -c 2 -W 20 fd88::1";
     let (code, output) = pod.run("ping", script, net_raw).await;
     assert_eq!(code, 0, "{output}");
@@ -58,8 +88,14 @@ async fn two_pods_exchange_jumbo_frames_for_ten_seconds() {
     let [server_netns, client_netns] = [lan.netns(), lan.netns()];
     let attach_to_bridge = |netns| Attachment::add(netns, "eth0", vec![bridge(&story.volume(), 9000)]);
     let attachments = [&server_netns, &client_netns].map(attach_to_bridge);
-    let server = Pod::boot_with(&story, SMALL, network(&server_netns)).await;
-    let client = Pod::boot_with(&story, SMALL, network(&client_netns)).await;
+    let vhost = Policy { vhost: true, ..Default::default() };
+    let server = Pod::boot_with(&story, VmSize { vcpus: 2, ..SMALL }, network(&server_netns, vhost)).await;
+    let client = Pod::boot_with(&story, SMALL, network(&client_netns, Policy::default())).await;
+    assert!(!has_thread(&server, "net") && has_thread(&client, "net0"), "{:?}", threads(&server));
+    let pings = "ping -c 2 -W 20 10.88.0.1 && ping -6 -c 2 -W 20 fd88::1";
+    let (code, output) = server.run("reset", &(rebind(&attachments[0]) + pings), net_raw).await;
+    assert_eq!(code, 0, "{output}");
+    let exits_before = exits(&server).await;
     for family in ['.', ':'] {
         let id = if family == '.' { "ipv4" } else { "ipv6" };
         let streams =
@@ -85,6 +121,13 @@ async fn two_pods_exchange_jumbo_frames_for_ten_seconds() {
         assert_eq!(exit.exit_code, 0, "{rest}");
         server.0.delete(&ProcessId::init(id), false).await.expect("deleted");
     }
+    let counted = server.0.network_stats().await.expect("answered").remove(0);
+    assert!(counted.link_up && counted.rx_bytes > 2 << 20 && counted.tx_frames > 100, "{counted:?}");
+    let exits = exits(&server).await - exits_before;
+    println!("vhost-net: {exits} exits for {} frames", counted.rx_frames + counted.tx_frames);
+    assert!(exits * 10 < counted.rx_frames + counted.tx_frames, "{exits} exits, {counted:?}");
     server.0.stop().await;
     client.0.stop().await;
+    drop((server, client));
+    assert_eq!(server_netns.redirections() + &client_netns.redirections(), "");
 }

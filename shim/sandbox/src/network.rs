@@ -16,12 +16,14 @@ use vmm_api::net::NetDevice;
 
 use crate::message::SetNetworkRequest;
 
+mod counters;
 mod facts;
 pub mod netns;
 pub mod pod;
 mod redirect;
-mod tap;
+pub mod tap;
 pub mod user;
+mod vhost;
 
 pub use vmm_api::net::{MacAddress, NetStats, RateLimit};
 
@@ -44,6 +46,8 @@ pub(crate) struct Interface {
 #[derive(Default)]
 pub(crate) struct Held {
     pub(crate) joins: Vec<redirect::Join>,
+    /// Of interfaces whose frames the VMM does not see.
+    pub(crate) counters: Vec<counters::Counters>,
     pub(crate) _passt: Option<user::Passt>,
     pub(crate) others: Vec<OwnedFd>,
 }
@@ -82,6 +86,8 @@ pub struct Policy {
     pub tx_limit: RateLimit,
     /// Whether the guest can only send from the addresses that it was given.
     pub anti_spoofing: bool,
+    /// Whether the host's kernel may carry the frames of a pod (vhost-net), unchecked, where nothing of the above is asked for.
+    pub vhost: bool,
 }
 
 /// Why there is no network. Nothing of it is left on the host.

@@ -54,10 +54,19 @@ impl Sandbox {
     /// # Errors
     /// As [`Self::vm_state`].
     pub async fn network_stats(&self) -> Result<Vec<NetStats>, ControlError> {
-        match self.vmm.ask(&Request::NetStats, None).await? {
-            Reply::NetStats(stats) => Ok(stats),
-            other => Err(unexpected(&other)),
+        let mut stats = match self.vmm.ask(&Request::NetStats, None).await? {
+            Reply::NetStats(stats) => stats,
+            other => return Err(unexpected(&other)),
+        };
+        let counters = self.network.lock().unwrap_or_else(PoisonError::into_inner).counters.clone();
+        if counters.is_empty() {
+            return Ok(stats);
         }
+        let fill = move || {
+            counters.iter().for_each(|counters| counters.fill(&mut stats));
+            stats
+        };
+        Ok(tokio::task::spawn_blocking(fill).await.expect("it does not panic"))
     }
 
     /// Sets the guest's interfaces, routes, neighbours and resolver.

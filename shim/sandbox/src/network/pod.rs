@@ -8,7 +8,7 @@ use vmm_api::net::{Backend, MAX_QUEUE_PAIRS, NetDevice};
 
 use super::facts::{Facts, Link};
 use super::redirect::Join;
-use super::{Held, Interface, Network, NetworkError, Policy, netns};
+use super::{Held, Interface, Network, NetworkError, Policy, netns, vhost};
 use crate::message::SetNetworkRequest;
 
 /// What a pod's network is made with.
@@ -34,9 +34,15 @@ pub fn attach(path: &Path, options: &PodOptions) -> Result<Network, NetworkError
         let facts = Facts::read(&handle).await?;
         let (mut interfaces, mut held) = (Vec::new(), Held::default());
         for link in &facts.links {
-            let (join, fds) = Join::create(&handle, &namespace, link, queue_count).await?;
+            let (join, mut fds) = Join::create(&handle, &namespace, link, queue_count).await?;
+            let mut device = device(link, &options.policy);
+            if let Some(vhost) = vhost::open(&options.policy, &link.name, queue_count) {
+                device.backend = Backend::Vhost;
+                fds.extend(vhost);
+                held.counters.push(join.counters(&link.name));
+            }
             held.joins.push(join);
-            interfaces.push(Interface { device: device(link, &options.policy), fds });
+            interfaces.push(Interface { device, fds });
         }
         let guest = SetNetworkRequest {
             interfaces: facts.guest_interfaces(),

@@ -9,6 +9,7 @@ use rtnetlink::packet_route::link::LinkAttribute;
 use rtnetlink::packet_route::tc::TcHandle;
 use rtnetlink::{Error, Handle, LinkUnspec};
 
+use super::counters::Counters;
 use super::facts::{Link, interfaces};
 use super::{NetworkError, netns, tap};
 
@@ -22,6 +23,7 @@ const EEXIST: i32 = 17;
 pub(crate) struct Join {
     namespace: Arc<OwnedFd>,
     link_index: i32,
+    tap_index: u32,
 }
 
 impl Join {
@@ -35,10 +37,11 @@ impl Join {
         let link_index = index(link.index);
         ingress(handle, link).await?;
         // From here on the undo is in place.
-        let join = Self { namespace: namespace.clone(), link_index };
+        let mut join = Self { namespace: namespace.clone(), link_index, tap_index: 0 };
         let (tap_name, fds) =
             tap::create(queue_count).map_err(NetworkError::host(format!("make a TAP interface for {}", link.name)))?;
         let tap_index = find(handle, &tap_name).await?;
+        join.tap_index = tap_index;
         // The host has nothing to say to the guest on its own; without IPv6 in the kernel there is no such file.
         let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{tap_name}/disable_ipv6"), "1");
         let up = LinkUnspec::new_with_index(tap_index).mtu(link.mtu.into()).up().build();
@@ -49,6 +52,11 @@ impl Join {
         redirect(handle, link.index, tap_index).await.map_err(failed("redirect frames to"))?;
         redirect(handle, tap_index, link.index).await.map_err(failed("redirect frames from"))?;
         Ok((join, fds))
+    }
+
+    /// What the TAP interface counts of the frames of `interface`.
+    pub(super) fn counters(&self, interface: &str) -> Counters {
+        Counters { namespace: self.namespace.clone(), interface: interface.to_owned(), tap_index: self.tap_index }
     }
 }
 

@@ -30,7 +30,10 @@ struct InterfaceRequest {
 const _: () = assert!(size_of::<InterfaceRequest>() == 40, "struct ifreq of x86-64");
 
 /// Makes an interface with `queue_count` queues; returns its name and their descriptors.
-pub(super) fn create(queue_count: u8) -> io::Result<(String, Vec<OwnedFd>)> {
+///
+/// # Errors
+/// What open(2) and `TUNSETIFF` say.
+pub fn create(queue_count: u8) -> io::Result<(String, Vec<OwnedFd>)> {
     let several = if queue_count > 1 { IFF_MULTI_QUEUE } else { 0 };
     let mut name = format!("{PREFIX}%d");
     let mut fds = Vec::new();
