@@ -6,7 +6,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use vmm_api::control::{Exit, ExitReason, Message, Reply, Request, State};
+use vmm_api::control::{Exit, ExitReason, MAX_REQUEST_LEN, Message, Reply, Request, State};
 use vmm_api::fds;
 
 use crate::event_loop::{EventSet, EventSource};
@@ -15,9 +15,6 @@ use crate::machine::{add_share, share_name};
 use crate::networks::Networks;
 use crate::vcpu::Vcpus;
 use crate::virtio::pci::PciBus;
-
-/// Longest request, in bytes.
-const MAX_REQUEST_LEN: usize = 4096;
 
 /// The control socket.
 pub struct Control {

@@ -16,7 +16,7 @@ impl Sandbox {
     /// # Errors
     /// Each variant of [`ControlError`] but `Agent`.
     pub async fn vm_state(&self) -> Result<State, ControlError> {
-        match self.vmm.ask(&Request::State, None).await? {
+        match self.vmm.ask(&Request::State, &[]).await? {
             Reply::State(state) => Ok(state),
             other => Err(unexpected(&other)),
         }
@@ -27,7 +27,7 @@ impl Sandbox {
     /// # Errors
     /// As [`Self::vm_state`].
     pub async fn pause_vm(&self) -> Result<(), ControlError> {
-        self.vmm.ask(&Request::Pause, None).await.map(drop)
+        self.vmm.ask(&Request::Pause, &[]).await.map(drop)
     }
 
     /// Lets the vCPUs run again.
@@ -35,7 +35,7 @@ impl Sandbox {
     /// # Errors
     /// As [`Self::vm_state`].
     pub async fn resume_vm(&self) -> Result<(), ControlError> {
-        self.vmm.ask(&Request::Resume, None).await.map(drop)
+        self.vmm.ask(&Request::Resume, &[]).await.map(drop)
     }
 
     /// Counters of the VMM.
@@ -43,7 +43,7 @@ impl Sandbox {
     /// # Errors
     /// As [`Self::vm_state`].
     pub async fn vm_stats(&self) -> Result<Stats, ControlError> {
-        match self.vmm.ask(&Request::Stats, None).await? {
+        match self.vmm.ask(&Request::Stats, &[]).await? {
             Reply::Stats(stats) => Ok(stats),
             other => Err(unexpected(&other)),
         }
@@ -54,7 +54,7 @@ impl Sandbox {
     /// # Errors
     /// As [`Self::vm_state`].
     pub async fn network_stats(&self) -> Result<Vec<NetStats>, ControlError> {
-        let mut stats = match self.vmm.ask(&Request::NetStats, None).await? {
+        let mut stats = match self.vmm.ask(&Request::NetStats, &[]).await? {
             Reply::NetStats(stats) => stats,
             other => return Err(unexpected(&other)),
         };
@@ -106,10 +106,10 @@ impl Sandbox {
     /// Each variant of [`ControlError`]; the share is gone then.
     pub async fn add_share(&self, tag: &str, tree: OwnedFd, cache: CachePolicy) -> Result<(), ControlError> {
         let request = Request::AddShare { tag: tag.to_owned(), cache };
-        self.vmm.ask(&request, Some(tree.as_fd())).await?;
+        self.vmm.ask(&request, &[tree.as_fd()]).await?;
         if let Err(error) = self.agent.add_share(tag).await {
             // What failed is the guest's answer; that the VMM gives the device up as well changes nothing about it.
-            let _ = self.vmm.ask(&Request::RemoveShare { tag: tag.to_owned() }, None).await;
+            let _ = self.vmm.ask(&Request::RemoveShare { tag: tag.to_owned() }, &[]).await;
             return Err(ControlError::Agent(error));
         }
         Ok(())
@@ -138,7 +138,7 @@ impl Sandbox {
     /// Each variant of [`ControlError`]; a guest that still uses the share keeps it.
     pub async fn remove_share(&self, tag: &str) -> Result<(), ControlError> {
         self.agent.remove_share(tag).await.map_err(ControlError::Agent)?;
-        self.vmm.ask(&Request::RemoveShare { tag: tag.to_owned() }, None).await.map(drop)
+        self.vmm.ask(&Request::RemoveShare { tag: tag.to_owned() }, &[]).await.map(drop)
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::io::Interest;
 use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::{Mutex, mpsc};
-use vmm_api::control::{Reply, Request};
+use vmm_api::control::{MAX_REQUEST_LEN, Reply, Request};
 use vmm_api::fds;
 
 use crate::ControlError;
@@ -24,55 +24,67 @@ pub(crate) struct VmmControl {
 
 struct Answers {
     replies: mpsc::Receiver<Reply>,
-    /// Requests whose deadline passed: their answers, which may still come, belong to nobody.
-    given_up: usize,
+    /// Answers that have yet to come. All but that to the last request belong to nobody: whoever asked has given up.
+    owed: usize,
 }
 
 impl VmmControl {
     pub(crate) fn new(socket: OwnedWriteHalf, replies: mpsc::Receiver<Reply>) -> Self {
-        Self { socket, answers: Mutex::new(Answers { replies, given_up: 0 }) }
+        Self { socket, answers: Mutex::new(Answers { replies, owed: 0 }) }
     }
 
     /// Sends a request that is not waited for. A VMM that has ended already does not read it.
     pub(crate) async fn tell(&self, request: &Request) {
+        let Ok(line) = line(request) else { return };
         let mut answers = self.answers.lock().await;
-        if self.send(request, None).await.is_ok() {
-            answers.given_up += 1;
+        if self.send(&line, &[]).await.is_ok() {
+            answers.owed += 1;
         }
     }
 
-    /// Sends a request, with the descriptor that it needs, and waits for its answer.
-    pub(crate) async fn ask(&self, request: &Request, fd: Option<BorrowedFd<'_>>) -> Result<Reply, ControlError> {
+    /// Sends a request, with the descriptors that it needs, and waits for its answer.
+    pub(crate) async fn ask(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<Reply, ControlError> {
+        let line = line(request)?;
         let mut answers = self.answers.lock().await;
-        self.send(request, fd).await.map_err(ControlError::Gone)?;
+        self.send(&line, fds).await.map_err(ControlError::Gone)?;
+        // Who asks may be gone before the answer.
+        answers.owed += 1;
         match tokio::time::timeout(REPLY_DEADLINE, answers.next()).await {
             Ok(Some(Reply::Refused(message))) => Err(ControlError::Refused { message: escape(&message) }),
             Ok(Some(reply)) => Ok(reply),
             Ok(None) => Err(ControlError::Gone(io::ErrorKind::UnexpectedEof.into())),
-            Err(_) => {
-                answers.given_up += 1;
-                Err(ControlError::Deadline { deadline_ms: REPLY_DEADLINE.as_millis() })
-            }
+            Err(_) => Err(ControlError::Deadline { deadline_ms: REPLY_DEADLINE.as_millis() }),
         }
     }
 
-    async fn send(&self, request: &Request, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
-        let mut line = serde_json::to_vec(request)?;
-        line.push(b'\n');
+    async fn send(&self, line: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         let socket = self.socket.as_ref();
         // A line is far shorter than the socket's buffer, so it is sent as a whole or not at all.
-        socket.async_io(Interest::WRITABLE, || fds::send(socket.as_fd(), &line, fd.as_slice())).await
+        socket.async_io(Interest::WRITABLE, || fds::send(socket.as_fd(), line, fds)).await
     }
 }
 
+/// A request as the VMM reads it. One with very many addresses does not fit.
+fn line(request: &Request) -> Result<Vec<u8>, ControlError> {
+    let refused = |message: String| ControlError::Refused { message };
+    let mut line = serde_json::to_vec(request).map_err(|error| refused(error.to_string()))?;
+    line.push(b'\n');
+    if line.len() > MAX_REQUEST_LEN {
+        return Err(refused(format!("a request of {} bytes: {MAX_REQUEST_LEN} are the most", line.len())));
+    }
+    Ok(line)
+}
+
 impl Answers {
-    /// The answer to the request that was sent last. Safe to drop: what was given up is counted as it arrives.
+    /// The answer to the request that was sent last. Safe to drop: answers are counted as they arrive.
     async fn next(&mut self) -> Option<Reply> {
-        while self.given_up > 0 {
-            self.replies.recv().await?;
-            self.given_up -= 1;
+        loop {
+            let reply = self.replies.recv().await?;
+            self.owed -= 1;
+            if self.owed == 0 {
+                return Some(reply);
+            }
         }
-        self.replies.recv().await
     }
 }
 
@@ -92,11 +104,11 @@ mod tests {
         let (_messages, requests) = ours.into_split();
         let (answer, replies) = mpsc::channel(4);
         let control = VmmControl::new(requests, replies);
-        let silent = control.ask(&Request::Pause, None).await.expect_err("no answer");
+        let silent = control.ask(&Request::Pause, &[]).await.expect_err("no answer");
         assert!(matches!(silent, ControlError::Deadline { .. }), "{silent:?}");
         answer.send(Reply::Done).await.expect("the late answer");
         answer.send(Reply::State(State::Running)).await.expect("the answer");
-        let state = control.ask(&Request::State, None).await.expect("answered");
+        let state = control.ask(&Request::State, &[]).await.expect("answered");
         assert_eq!(state, Reply::State(State::Running));
         let mut lines = BufReader::new(theirs).lines();
         let first = lines.next_line().await.expect("readable").expect("a line");

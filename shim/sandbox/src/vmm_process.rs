@@ -164,8 +164,8 @@ impl VmmProcess {
     }
 
     /// Asks the VMM for something; see [`VmmControl::ask`].
-    pub(crate) async fn ask(&self, request: &Request, fd: Option<BorrowedFd<'_>>) -> Result<Reply, ControlError> {
-        self.control.ask(request, fd).await
+    pub(crate) async fn ask(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<Reply, ControlError> {
+        self.control.ask(request, fds).await
     }
 
     /// Waits for the end of the VM.

@@ -11,6 +11,9 @@ use serde::{Deserialize, Serialize};
 use crate::CachePolicy;
 use crate::net::{NetDevice, NetStats};
 
+/// Longest request, in bytes, with the end of its line.
+pub const MAX_REQUEST_LEN: usize = 4096;
+
 /// What a caller can ask of a VM.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(tag = "request", rename_all = "kebab-case")]
