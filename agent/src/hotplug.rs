@@ -42,6 +42,21 @@ pub(crate) fn rescan_pci() -> io::Result<()> {
     fs::write("/sys/bus/pci/rescan", "1")
 }
 
+/// Lets go of the device of the network interface with a hardware address, if there is one.
+pub(crate) fn let_go_of_interface(mac: &[u8]) -> io::Result<()> {
+    let text: Vec<String> = mac.iter().map(|byte| format!("{byte:02x}")).collect();
+    for entry in fs::read_dir("/sys/class/net")?.flatten() {
+        // The virtio device, whose parent is on the bus. Interfaces of containers have none.
+        let Ok(virtio) = fs::canonicalize(entry.path().join("device")) else { continue };
+        if fs::read_to_string(entry.path().join("address"))?.trim() == text.join(":")
+            && let Some(device) = virtio.parent()
+        {
+            return fs::write(device.join("remove"), "1");
+        }
+    }
+    Ok(())
+}
+
 /// Brings every CPU and memory block online that is present; says what is online then.
 pub(crate) fn online_everything() -> io::Result<OnlineResourcesReply> {
     for cpu in numbered(Path::new(CPUS), "cpu")? {

@@ -11,7 +11,7 @@ use agent_api::{HOSTS_PATH, RESOLV_CONF_PATH};
 use futures::TryStreamExt as _;
 use rtnetlink::packet_route::address::AddressHeaderFlags;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
-use rtnetlink::packet_route::route::RouteScope;
+use rtnetlink::packet_route::route::{RouteMessage, RouteScope};
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 use thiserror::Error;
 
@@ -46,6 +46,7 @@ pub(crate) async fn apply(request: &SetNetworkRequest) -> Done {
 }
 
 async fn apply_with(handle: &Handle, request: &SetNetworkRequest) -> Done {
+    forget(handle, request).await?;
     for interface in &request.interfaces {
         set_interface(handle, interface).await?;
     }
@@ -64,6 +65,39 @@ async fn apply_with(handle: &Handle, request: &SetNetworkRequest) -> Done {
         }
     }
     Ok(())
+}
+
+/// Removes what is to be there no longer. What a container has removed itself is no error.
+async fn forget(handle: &Handle, request: &SetNetworkRequest) -> Done {
+    for mac_text in &request.gone_interfaces {
+        let wanted = mac(mac_text)?;
+        hotplug::let_go_of_interface(&wanted)
+            .map_err(|source| NetworkError::Io { action: "let go of a device", source })?;
+    }
+    for route in &request.gone_routes {
+        let Ok(message) = route_message(handle, route).await else { continue };
+        gone_or(handle.route().del(message).execute().await)
+            .map_err(failed("remove the route to", &route.destination))?;
+    }
+    for neighbour in &request.gone_neighbours {
+        let Ok(index) = find(handle, &neighbour.interface, "").await else { continue };
+        let gone = handle.neighbours().add(index, address(&neighbour.address)?).message_mut().clone();
+        let removed = handle.neighbours().del(gone).execute().await;
+        gone_or(removed).map_err(failed("remove the neighbour", &neighbour.address))?;
+    }
+    Ok(())
+}
+
+/// Success when there was nothing to remove.
+fn gone_or(removed: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::Error> {
+    match removed {
+        Err(rtnetlink::Error::NetlinkError(error))
+            if [libc::ESRCH, libc::ENOENT, libc::EADDRNOTAVAIL].contains(&-error.raw_code()) =>
+        {
+            Ok(())
+        }
+        other => other,
+    }
 }
 
 fn failed(action: &'static str, of: &str) -> impl Fn(rtnetlink::Error) -> NetworkError {
@@ -86,6 +120,11 @@ async fn set_interface(handle: &Handle, interface: &Interface) -> Done {
         up = up.mtu(interface.mtu);
     }
     handle.link().set(up.build()).execute().await.map_err(failed("bring up", wanted))?;
+    for text in &interface.gone_addresses {
+        let (address, prefix_len) = prefix(text)?;
+        let gone = handle.address().add(index, address, prefix_len).message_mut().clone();
+        gone_or(handle.address().del(gone).execute().await).map_err(failed("remove the address", text))?;
+    }
     for text in &interface.addresses {
         let (address, prefix_len) = prefix(text)?;
         let mut add = handle.address().add(index, address, prefix_len).replace();
@@ -105,6 +144,11 @@ async fn rename(handle: &Handle, index: u32, name: String, wanted: &str) -> Done
 }
 
 async fn set_route(handle: &Handle, route: &Route) -> Done {
+    let add = handle.route().add(route_message(handle, route).await?).replace();
+    add.execute().await.map_err(failed("add the route to", &route.destination))
+}
+
+async fn route_message(handle: &Handle, route: &Route) -> Result<RouteMessage, NetworkError> {
     let (destination, prefix_len) = prefix(&route.destination)?;
     let invalid = || NetworkError::Invalid { what: "a route", text: route.destination.clone() };
     let mut message =
@@ -127,8 +171,7 @@ async fn set_route(handle: &Handle, route: &Route) -> Done {
     if route.metric > 0 {
         message = message.priority(route.metric);
     }
-    let add = handle.route().add(message.build()).replace();
-    add.execute().await.map_err(failed("add the route to", &route.destination))
+    Ok(message.build())
 }
 
 async fn set_neighbour(handle: &Handle, neighbour: &Neighbour) -> Done {
