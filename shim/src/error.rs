@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use sandbox::network::NetworkError;
 use sandbox::plan::PlanError;
-use sandbox::{BootError, CallError, ControlError};
+use sandbox::{BootError, CallError, ControlError, RescanError};
 use thiserror::Error;
 use ttrpc::Code;
 
@@ -92,6 +92,15 @@ impl TaskError {
                 | NetworkError::HostNetwork { .. },
             ) => Code::INVALID_ARGUMENT,
             Self::Host { .. } | Self::Hook { .. } | Self::Boot(_) | Self::Network(_) => Code::INTERNAL,
+        }
+    }
+}
+
+impl From<RescanError> for TaskError {
+    fn from(error: RescanError) -> Self {
+        match error {
+            RescanError::Network(error) => Self::Network(error),
+            RescanError::Control(error) => Self::Control(error),
         }
     }
 }

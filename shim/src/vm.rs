@@ -8,8 +8,8 @@ use std::time::{Duration, SystemTime};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use sandbox::artifacts::Artifacts;
 use sandbox::cgroup::HostCgroup;
+use sandbox::network::Network;
 use sandbox::network::pod::{PodOptions, attach};
-use sandbox::network::{Network, Policy};
 use sandbox::plan::VmSize;
 use sandbox::{BootRequest, CachePolicy, Sandbox};
 
@@ -30,7 +30,7 @@ pub(crate) struct Place<'a> {
     pub(crate) bundle: &'a Path,
     /// Its cgroup, as specs name it.
     pub(crate) cgroups_path: Option<&'a Path>,
-    /// The network namespace whose interfaces it gets; without one it has loopback.
+    /// The network namespace whose interfaces it gets; without one, those that come into the VMM's own.
     pub(crate) netns: Option<&'a Path>,
 }
 
@@ -57,7 +57,10 @@ impl Vm {
         place: Place<'_>,
     ) -> Result<Self, TaskError> {
         let artifacts = Artifacts::find()?;
-        let network = join(place.netns, size.vcpus, config.network.policy()).await?;
+        // containerd gives each container its resolv.conf.
+        let policy = config.network.policy();
+        let options = PodOptions { queue_pairs: size.vcpus, resolv_conf: String::new(), policy };
+        let network = join(place.netns, &options).await?;
         let address = network.first_address().map(str::to_owned);
         let cgroup = place.cgroups_path.and_then(join_cgroup);
         let cgroup_path = cgroup.as_ref().map(|(cgroup, _)| cgroup.path().to_owned());
@@ -92,6 +95,9 @@ impl Vm {
             let _ = std::fs::write(format!("/proc/{pid}/oom_score_adj"), "0");
             Ok(pidfd)
         };
+        if place.netns.is_none() {
+            sandbox.offer_network(&options).await?;
+        }
         let pidfd = write_down(Some(pid)).and_then(|()| identify());
         let pidfd = pidfd.map_err(TaskError::host("write down the VMM's process"))?;
         let times = sandbox.times();
@@ -128,8 +134,8 @@ impl Vm {
     }
 
     /// Lets go of the host, after its end.
-    pub(crate) fn clean_up(&self) {
-        self.sandbox.leave_network();
+    pub(crate) async fn clean_up(&self) {
+        self.sandbox.leave_network().await;
         if let Some(cgroup) = &self.cgroup {
             cgroup.remove();
         }
@@ -156,10 +162,9 @@ fn join_cgroup(path: &Path) -> Option<(HostCgroup, OwnedFd)> {
 }
 
 /// Joins the interfaces of a network namespace to a VM that is yet to be booted, off the threads that answer requests.
-async fn join(netns: Option<&Path>, vcpus: u8, policy: Policy) -> Result<Network, TaskError> {
+async fn join(netns: Option<&Path>, options: &PodOptions) -> Result<Network, TaskError> {
     let Some(path) = netns.map(PathBuf::from) else { return Ok(Network::default()) };
-    // containerd gives each container its resolv.conf.
-    let options = PodOptions { queue_pairs: vcpus, resolv_conf: String::new(), policy };
+    let options = options.clone();
     let joined = tokio::task::spawn_blocking(move || attach(&path, &options)).await;
     Ok(joined.map_err(|error| TaskError::Invalid(error.to_string()))??)
 }

@@ -70,7 +70,6 @@ impl Containerd {
     pub fn start(release: Release) -> Self {
         let room = Room::open();
         fs::write(room.path("etc/config.toml"), config::containerd(release, room.dir())).expect("configuration");
-        fs::create_dir(room.path("net.d")).expect("a folder");
         fs::write(room.path("net.d/10-story.conflist"), config::NETWORK).expect("a network");
         let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         let mut containerd = Self {

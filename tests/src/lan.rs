@@ -160,6 +160,16 @@ impl Netns {
         outcome(command)
     }
 
+    /// Runs `ip` in it, once for each line.
+    ///
+    /// # Panics
+    /// When it fails.
+    pub fn ip(&self, lines: &str) {
+        for words in lines.lines() {
+            ip(&format!("-n {} {words}", self.name));
+        }
+    }
+
     /// Does something in it, on a thread of its own. A socket that is made there stays there.
     ///
     /// # Panics

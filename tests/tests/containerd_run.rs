@@ -14,6 +14,7 @@ const CHECKS: &[Check] = checks![
     a_container_that_was_not_started_is_deleted,
     a_command_that_is_not_there_is_refused_and_leaves_nothing,
     a_paused_container_does_nothing_until_it_is_resumed,
+    a_network_that_is_wired_after_the_creation_is_the_container_s,
 ];
 
 /// What depends most on the release.
@@ -111,4 +112,12 @@ fn a_paused_container_does_nothing_until_it_is_resumed(containerd: &mut Containe
         assert_eq!(task.run("two", &["echo", "goes on"]).await, (0, "goes on\n".to_owned()));
         assert_eq!(task.kill_and_remove().await.expect("removed"), 137);
     });
+}
+
+fn a_network_that_is_wired_after_the_creation_is_the_container_s(containerd: &mut Containerd) {
+    let look = "ip addr show eth0; ip route; ping -c 2 -W 20 10.88.0.1";
+    let ran = containerd.run("one", &["--cni"], &["sh", "-c", look]);
+    let output = ran.success();
+    assert!(output.contains("inet 10.88.0.") && output.contains("default via 10.88.0.1 dev eth0"), "{output}");
+    assert!(output.contains("2 packets received"), "{output}");
 }

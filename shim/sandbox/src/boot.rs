@@ -4,7 +4,6 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::time::{Duration, Instant, SystemTime};
 
 use vmm_api::CachePolicy;
@@ -88,7 +87,7 @@ impl Sandbox {
             vmm.explain(set).await.map_err(BootError::Configure)?;
         }
         let times = BootTimes { spawn, agent_ready, configured: start.elapsed() };
-        Ok(Self { agent, streams, vmm, times, network: Mutex::new(request.network.held) })
+        Ok(Self { agent, streams, vmm, times, network: tokio::sync::Mutex::new(request.network.held) })
     }
 }
 

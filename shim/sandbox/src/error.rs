@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use thiserror::Error;
 use vmm_api::control::Exit;
 
+use crate::network::NetworkError;
+
 /// Why a sandbox did not come up. Nothing of it is left.
 #[derive(Debug, Error)]
 pub enum BootError {
@@ -156,4 +158,15 @@ pub enum ControlError {
     /// The guest did not take its part.
     #[error("the guest did not follow")]
     Agent(#[source] CallError),
+}
+
+/// Why the guest does not have the network that its namespace has.
+#[derive(Debug, Error)]
+pub enum RescanError {
+    /// The namespace cannot be read, or an interface of it cannot be joined.
+    #[error("cannot use the network namespace")]
+    Network(#[from] NetworkError),
+    /// The VM or its guest does not take a part of it.
+    #[error("the VM does not take its network")]
+    Control(#[from] ControlError),
 }

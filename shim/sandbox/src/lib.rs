@@ -7,8 +7,6 @@
 //!   artifacts ─► plan (pure) ─► share (detached mounts) ─► VmmProcess::spawn ─► agent dials in ─► Sandbox
 //! ```
 
-use std::sync::Mutex;
-
 mod agent_client;
 pub mod artifacts;
 mod boot;
@@ -16,6 +14,7 @@ pub mod cgroup;
 mod copy;
 pub mod error;
 mod exec;
+mod follow;
 mod forward;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
@@ -35,7 +34,7 @@ mod vmm_process;
 pub use agent_api::message;
 use agent_client::AgentClient;
 pub use boot::{BootRequest, BootTimes};
-pub use error::{BootError, CallError, ControlError};
+pub use error::{BootError, CallError, ControlError, RescanError};
 pub use exec::RunningExec;
 pub use stream_call::StreamCall;
 pub use streams::ProcessStreams;
@@ -52,7 +51,7 @@ pub struct Sandbox {
     vmm: VmmProcess,
     times: BootTimes,
     // Let go after the VMM, which is dropped before it.
-    network: Mutex<network::Held>,
+    network: tokio::sync::Mutex<network::Held>,
 }
 
 /// Which streams of a new process the caller wants; the others are `/dev/null`.

@@ -1,7 +1,7 @@
 //! The network of a sandbox: what carries its frames on the host, and what the guest is told about it.
 //!
 //! ```text
-//!   pod::attach  a network namespace that a CNI plugin has wired: each interface is joined to a TAP interface
+//!   pod::attach  a network namespace that a CNI plugin wires: each interface is joined to a TAP interface
 //!   user::start  no set-up on the host: `passt` turns frames into sockets of ours
 //! ```
 //!
@@ -24,6 +24,7 @@ mod redirect;
 pub mod tap;
 pub mod user;
 mod vhost;
+pub(crate) mod watch;
 
 pub use vmm_api::net::{MacAddress, NetStats, RateLimit};
 
@@ -45,9 +46,7 @@ pub(crate) struct Interface {
 /// What lives as long as the sandbox.
 #[derive(Default)]
 pub(crate) struct Held {
-    pub(crate) joins: Vec<redirect::Join>,
-    /// Of interfaces whose frames the VMM does not see.
-    pub(crate) counters: Vec<counters::Counters>,
+    pub(crate) pod: Option<pod::PodNetwork>,
     pub(crate) _passt: Option<user::Passt>,
     pub(crate) others: Vec<OwnedFd>,
 }
@@ -119,6 +118,14 @@ pub enum NetworkError {
         /// The interface.
         interface: String,
     },
+    /// There is no room for an interface.
+    #[error("a pod has at most {limit} network interfaces, and {interface} is one more")]
+    TooMany {
+        /// The interface.
+        interface: String,
+        /// How many there can be.
+        limit: usize,
+    },
     /// The host's kernel refused something.
     #[error("cannot {action}")]
     Host {
@@ -147,7 +154,7 @@ pub enum NetworkError {
 }
 
 impl NetworkError {
-    fn host(action: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+    pub(crate) fn host(action: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         let action = action.into();
         move |source| Self::Host { action, source }
     }

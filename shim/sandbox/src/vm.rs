@@ -1,13 +1,13 @@
 //! What a caller can ask of the VM itself, beside its containers: state, pause, counters, shares that come and go.
 
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::sync::PoisonError;
 use std::time::SystemTime;
 
 use vmm_api::CachePolicy;
 use vmm_api::control::{Reply, Request, State, Stats};
 use vmm_api::net::NetStats;
 
+use crate::network::pod::PodNetwork;
 use crate::{CallError, ControlError, Sandbox, message};
 
 impl Sandbox {
@@ -58,7 +58,7 @@ impl Sandbox {
             Reply::NetStats(stats) => stats,
             other => return Err(unexpected(&other)),
         };
-        let counters = self.network.lock().unwrap_or_else(PoisonError::into_inner).counters.clone();
+        let counters = self.network.lock().await.pod.as_ref().map(PodNetwork::counters).unwrap_or_default();
         if counters.is_empty() {
             return Ok(stats);
         }
@@ -75,12 +75,6 @@ impl Sandbox {
     /// What the agent says, or that it no longer answers.
     pub async fn set_network(&self, request: &message::SetNetworkRequest) -> Result<(), CallError> {
         self.agent.set_network(request).await
-    }
-
-    /// Lets go of what the network has on the host, after the end of the VM; dropping the sandbox does the same.
-    pub fn leave_network(&self) {
-        let held = std::mem::take(&mut *self.network.lock().unwrap_or_else(PoisonError::into_inner));
-        drop(held);
     }
 
     /// Sets the guest's clock to ours, after the VM was stopped for a while.

@@ -31,11 +31,8 @@ impl Pod {
         let process = container.process(exec_id)?;
         let vm = self.vm()?;
         process.begin_start()?;
-        let started = match (container.role, exec_id.is_empty()) {
-            (Role::Pause, true) => Ok(()),
-            (_, true) => vm.sandbox.start(id).await.map_err(TaskError::from),
-            (_, false) => self.start_exec(&process).await,
-        };
+        let started =
+            if exec_id.is_empty() { start_init(&vm, &container).await } else { self.start_exec(&process).await };
         if let Err(error) = started {
             process.start_failed(&self.events);
             return Err(error);
@@ -248,6 +245,15 @@ impl Pod {
                 tracing::debug!(tag, %error, "a share stays in the VM");
             }
         }
+    }
+}
+
+async fn start_init(vm: &Vm, container: &Container) -> Result<(), TaskError> {
+    // Some engines wire the network between a container's creation and its start.
+    vm.sandbox.rescan_network().await?;
+    match container.role {
+        Role::Pause => Ok(()),
+        Role::Alone | Role::Member => Ok(vm.sandbox.start(&container.id).await?),
     }
 }
 

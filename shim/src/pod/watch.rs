@@ -13,11 +13,12 @@ use crate::vm::Vm;
 impl Pod {
     /// Begins to listen to a VM that has booted.
     pub(super) fn watch(self: &Arc<Self>, vm: Arc<Vm>) {
-        let pod = self.clone();
+        let (pod, followed) = (self.clone(), vm.clone());
         tokio::spawn(async move {
             let exit = pod.listen(&vm).await;
-            pod.settle_all(&vm, &exit);
+            pod.settle_all(&vm, &exit).await;
         });
+        tokio::spawn(async move { followed.sandbox.follow_network().await });
     }
 
     /// Passes events on until the VM ends.
@@ -87,12 +88,12 @@ impl Pod {
     }
 
     /// Everything has ended with the VM.
-    fn settle_all(&self, vm: &Vm, exit: &VmExit) {
+    async fn settle_all(&self, vm: &Vm, exit: &VmExit) {
         let asked = vm.end_asked();
         // As the shell has it: a process that somebody killed has 137, be it a VMM.
         let killed = asked || exit.reason == ExitReason::Signal { signal: 9 };
         let code = if killed { EXIT_KILLED } else { EXIT_LOST };
-        vm.clean_up();
+        vm.clean_up().await;
         let reason = match (&exit.reason, asked) {
             (_, true) | (ExitReason::Requested, _) => "it was stopped".to_owned(),
             (reason, false) => {

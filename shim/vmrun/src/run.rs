@@ -281,6 +281,8 @@ impl Run {
         let init = ProcessId::init(&self.name);
         let container = Rc::new(Container::new(sandbox, record, init, process, tree, self.stop_signal));
         tokio::task::spawn_local(control::serve(listener, container.clone()));
+        let followed = container.clone();
+        tokio::task::spawn_local(async move { followed.sandbox.follow_network().await });
         if self.place == Place::Supervisor
             && let Err(error) = detach::report_started(&self.name, self.args.timing.then(|| timing.clone()))
         {
@@ -291,7 +293,7 @@ impl Run {
         let mut ending = self.wait(&container, &mut signals).await;
         copying.finish(&container, &mut signals).await;
         container.sandbox.stop().await;
-        container.sandbox.leave_network();
+        container.sandbox.leave_network().await;
         drop(copying);
         let status = Status::Exited { exit_code: ending.exit_code, oom_killed: ending.oom_killed };
         if let Some(error) = &mut ending.error {

@@ -1,7 +1,7 @@
 //! The place of one containerd: a folder, a mount namespace and a network namespace that a process holds, and a cgroup.
 //!
 //! Paths that containerd, its shims and the CNI plugins have in their code (`/run/containerd`, `/run/netns`, `/var/lib/cni`,
-//! `/etc/containerd`, `/etc/vmrun`, `/usr/local/bin`) are folders of the room there, so that several run beside each other, and what is in them is this one's.
+//! `/etc/cni/net.d`, `/etc/containerd`, `/etc/vmrun`, `/usr/local/bin`) are folders of the room there, so that several run beside each other, and what is in them is this one's.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
@@ -19,12 +19,14 @@ const HOLD: &str = r#"
 set -e
 cd "$0"
 mount -t tmpfs -o mode=755 tmpfs root
-mkdir -p /run/containerd /run/netns /var/lib/cni /etc/containerd /etc/vmrun
+mkdir -p /run/containerd /run/netns /var/lib/cni /etc/cni/net.d /opt/cni/bin /etc/containerd /etc/vmrun
 mount --bind run /run/containerd
 mount --bind etc /etc/containerd
 mount --bind bin /usr/local/bin
 mount --bind etc-vmrun /etc/vmrun
 mount --bind cni /var/lib/cni
+mount --bind net.d /etc/cni/net.d
+mount --bind "$1" /opt/cni/bin
 mount -t tmpfs -o mode=755 tmpfs /run/netns
 busybox ip link set lo up
 echo ready
@@ -51,7 +53,7 @@ impl Room {
     pub(super) fn open() -> Self {
         crate::hold_programs();
         let dir = tempfile::Builder::new().prefix("ctd-").tempdir_in("/tmp").expect("a temporary folder");
-        for folder in ["root", "run", "etc", "etc-vmrun", "cni", "logs", "bin"] {
+        for folder in ["root", "run", "etc", "etc-vmrun", "cni", "net.d", "logs", "bin"] {
             fs::create_dir(dir.path().join(folder)).expect("a folder of the room");
         }
         fs::write(dir.path().join("etc-vmrun/config.toml"), VMRUN_CONFIG).expect("configuration");
@@ -62,6 +64,7 @@ impl Room {
         let mut holder = Command::new("unshare")
             .args(["--mount", "--net", "--propagation", "private", "sh", "-c", HOLD])
             .arg(dir.path())
+            .arg(super::packages::cni_plugins())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()

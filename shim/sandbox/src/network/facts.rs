@@ -11,28 +11,40 @@ use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, N
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteType,
 };
+use rtnetlink::packet_route::tc::{TcHandle, TcMessage};
 use rtnetlink::{Handle, RouteMessageBuilder};
 
 use super::{MacAddress, NetworkError, tap};
-use crate::message::{Interface, Neighbour, Route};
+use crate::message::{Interface, Neighbour, Route, SetNetworkRequest};
 
-/// An Ethernet interface that is up.
+/// An Ethernet interface.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(super) struct Link {
     pub(super) index: u32,
     pub(super) name: String,
+    pub(super) is_up: bool,
     pub(super) mac: MacAddress,
     pub(super) mtu: u16,
     /// Addresses without the guest's own link-local ones.
     pub(super) addresses: Vec<(IpAddr, u8)>,
 }
 
-/// Everything that the guest has to be told.
-#[derive(Debug, Default)]
+/// Everything that a guest has to be told.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Facts {
     pub(super) links: Vec<Link>,
     pub(super) routes: Vec<Route>,
     pub(super) neighbours: Vec<Neighbour>,
+}
+
+/// What is in a namespace.
+#[derive(Debug, Default)]
+pub(crate) struct Found {
+    pub(super) facts: Facts,
+    /// Indices of our TAP interfaces.
+    pub(super) taps: Vec<u32>,
+    /// Indices of interfaces with a queue that redirections hang on.
+    pub(super) redirected: Vec<u32>,
 }
 
 /// Every interface of the namespace.
@@ -41,9 +53,11 @@ pub(super) async fn interfaces(handle: &Handle) -> Result<Vec<LinkMessage>, Netw
     found.map_err(NetworkError::netlink("list the interfaces of the network namespace"))
 }
 
-impl Facts {
+impl Found {
     pub(super) async fn read(handle: &Handle) -> Result<Self, NetworkError> {
-        let mut links: Vec<Link> = interfaces(handle).await?.iter().filter_map(link).collect();
+        let messages = interfaces(handle).await?;
+        let taps = messages.iter().filter(|message| is_tap(message)).map(|message| message.header.index).collect();
+        let mut links: Vec<Link> = messages.iter().filter_map(link).collect();
         let addresses: Vec<AddressMessage> = handle
             .address()
             .get()
@@ -75,21 +89,64 @@ impl Facts {
             .await
             .map_err(NetworkError::netlink("list the neighbours of the network namespace"))?;
         neighbours.extend(found.iter().filter_map(|message| neighbour(message, &links)));
-        Ok(Self { links, routes, neighbours })
+        let queues: Vec<TcMessage> = handle
+            .qdisc()
+            .get()
+            .execute()
+            .try_collect()
+            .await
+            .map_err(NetworkError::netlink("list the queues of the network namespace"))?;
+        let ingress = queues.iter().filter(|queue| queue.header.parent == TcHandle::INGRESS);
+        let redirected = ingress.filter_map(|queue| u32::try_from(queue.header.index).ok()).collect();
+        Ok(Self { facts: Facts { links, routes, neighbours }, taps, redirected })
+    }
+}
+
+impl Facts {
+    /// The part that is about these interfaces.
+    pub(super) fn of(&self, is_wanted: impl Fn(&Link) -> bool) -> Self {
+        let links: Vec<Link> = self.links.iter().filter(|link| is_wanted(link)).cloned().collect();
+        let is_named = |name: &str| links.iter().any(|link| link.name == name);
+        let routes = self.routes.iter().filter(|route| is_named(&route.interface)).cloned().collect();
+        let neighbours = self.neighbours.iter().filter(|at| is_named(&at.interface)).cloned().collect();
+        Self { links, routes, neighbours }
     }
 
-    /// The interfaces as the agent is told of them.
-    pub(super) fn guest_interfaces(&self) -> Vec<Interface> {
+    /// As the agent is told, which may have been told something else before.
+    pub(super) fn request(&self, told: &Self) -> SetNetworkRequest {
         let text = |(address, len): &(IpAddr, u8)| format!("{address}/{len}");
-        let interface = |link: &Link| Interface {
-            name: link.name.clone(),
-            mac: link.mac.to_string(),
-            addresses: link.addresses.iter().map(text).collect(),
-            mtu: link.mtu.into(),
-            ..Default::default()
+        let interface = |link: &Link| {
+            let before = told.links.iter().find(|before| before.index == link.index);
+            let gone = before.into_iter().flat_map(|before| &before.addresses);
+            Interface {
+                name: link.name.clone(),
+                mac: link.mac.to_string(),
+                addresses: link.addresses.iter().map(text).collect(),
+                mtu: link.mtu.into(),
+                gone_addresses: gone.filter(|address| !link.addresses.contains(address)).map(text).collect(),
+                ..Default::default()
+            }
         };
-        self.links.iter().map(interface).collect()
+        SetNetworkRequest {
+            interfaces: self.links.iter().map(interface).collect(),
+            routes: self.routes.clone(),
+            neighbours: self.neighbours.clone(),
+            gone_routes: without(&told.routes, &self.routes),
+            gone_neighbours: without(&told.neighbours, &self.neighbours),
+            ..Default::default()
+        }
     }
+}
+
+fn without<T: Clone + PartialEq>(all: &[T], kept: &[T]) -> Vec<T> {
+    all.iter().filter(|one| !kept.contains(one)).cloned().collect()
+}
+
+/// Whether we made it.
+pub(super) fn is_tap(message: &LinkMessage) -> bool {
+    let ours =
+        |attribute: &LinkAttribute| matches!(attribute, LinkAttribute::IfName(name) if name.starts_with(tap::PREFIX));
+    message.attributes.iter().any(ours)
 }
 
 fn v6_query() -> RouteMessage {
@@ -99,7 +156,7 @@ fn v6_query() -> RouteMessage {
 fn link(message: &LinkMessage) -> Option<Link> {
     let flags = message.header.flags;
     let ethernet = message.header.link_layer_type == LinkLayerType::Ether;
-    if !ethernet || !flags.contains(LinkFlags::Up) || flags.contains(LinkFlags::Loopback) {
+    if !ethernet || flags.contains(LinkFlags::Loopback) || is_tap(message) {
         return None;
     }
     let (mut name, mut mac, mut mtu) = (None, None, None);
@@ -111,8 +168,8 @@ fn link(message: &LinkMessage) -> Option<Link> {
             _ => {}
         }
     }
-    let name = name.filter(|name| !name.starts_with(tap::PREFIX))?;
-    Some(Link { index: message.header.index, name, mac: mac?, mtu: mtu?, addresses: Vec::new() })
+    let is_up = flags.contains(LinkFlags::Up);
+    Some(Link { index: message.header.index, name: name?, is_up, mac: mac?, mtu: mtu?, addresses: Vec::new() })
 }
 
 fn address(message: &AddressMessage, link_index: u32) -> Option<(IpAddr, u8)> {

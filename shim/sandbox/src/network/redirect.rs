@@ -5,12 +5,11 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use futures::TryStreamExt as _;
-use rtnetlink::packet_route::link::LinkAttribute;
 use rtnetlink::packet_route::tc::TcHandle;
 use rtnetlink::{Error, Handle, LinkUnspec};
 
 use super::counters::Counters;
-use super::facts::{Link, interfaces};
+use super::facts::{Found, Link, interfaces, is_tap};
 use super::{NetworkError, netns, tap};
 
 /// Parent of filters for frames that arrive (linux/pkt_sched.h).
@@ -58,6 +57,19 @@ impl Join {
     pub(super) fn counters(&self, interface: &str) -> Counters {
         Counters { namespace: self.namespace.clone(), interface: interface.to_owned(), tap_index: self.tap_index }
     }
+
+    /// One that was never made.
+    #[cfg(test)]
+    pub(super) fn assumed(link_index: u32, tap_index: u32) -> Self {
+        let namespace = std::fs::File::open("/dev/null").expect("it is always there");
+        Self { namespace: Arc::new(namespace.into()), link_index: index(link_index), tap_index }
+    }
+
+    /// Whether nobody has taken it apart.
+    pub(super) fn is_intact(&self, found: &Found) -> bool {
+        let is_redirected = |index: &u32| i32::try_from(*index) == Ok(self.link_index);
+        found.taps.contains(&self.tap_index) && found.redirected.iter().any(is_redirected)
+    }
 }
 
 impl Drop for Join {
@@ -90,10 +102,7 @@ async fn ingress(handle: &Handle, link: &Link) -> Result<(), NetworkError> {
 
 /// A TAP interface lives as long as its VM.
 async fn in_use(handle: &Handle) -> Result<bool, NetworkError> {
-    let links = interfaces(handle).await?;
-    let ours =
-        |attribute: &LinkAttribute| matches!(attribute, LinkAttribute::IfName(name) if name.starts_with(tap::PREFIX));
-    Ok(links.iter().any(|link| link.attributes.iter().any(ours)))
+    Ok(interfaces(handle).await?.iter().any(is_tap))
 }
 
 async fn remove_ingress(handle: &Handle, link_index: i32) -> Result<(), Error> {
