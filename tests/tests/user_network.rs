@@ -42,6 +42,7 @@ fn the_outside_is_reached_by_tcp_and_names() {
     let lan = Lan::enter();
     let outside = lan.outside();
     let listener = outside.inside(|| TcpListener::bind("192.0.2.1:80")).expect("bound");
+    let listener_v6 = outside.inside(|| TcpListener::bind("[fd99::1]:80")).expect("bound");
     let names = outside.inside(|| UdpSocket::bind("192.0.2.1:53")).expect("bound");
     let _dns = Dns::serve(names, "192.0.2.1".parse().expect("v4"), "fd99::1".parse().expect("v6"));
     let mut python = Python::start(&story, &[&USER[..], &["--dns", "192.0.2.1"]].concat());
@@ -56,6 +57,11 @@ fn the_outside_is_reached_by_tcp_and_names() {
     let reader = std::thread::spawn(move || connection.read_exact(&mut received).map(|()| received));
     assert_eq!(python.exec("s.sendall(b'x' * (1 << 20))"), "None");
     assert!(reader.join().expect("no panic").expect("a megabyte").iter().all(|byte| *byte == b'x'));
+    assert_eq!(python.exec("s = socket.create_connection(('fd99::1', 80), 60)"), "None");
+    let (mut connection, from) = listener_v6.accept().expect("the guest connects");
+    assert_eq!(from.ip().to_string(), "fd99::2");
+    connection.write_all(b"hello").expect("sent");
+    assert_eq!(python.eval("s.recv(16)"), "b'hello'");
     assert_eq!(python.end(), 0);
 }
 
@@ -124,6 +130,14 @@ def connect(address, port):
     link = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
     link.bind(("eth0", 0x800))
     link.send(b"\xff" * 6 + link.getsockname()[4] + b"\x08\x00" + ip + tcp)
+def connect6(address, port):
+    addresses = b"".join(socket.inet_pton(socket.AF_INET6, one) for one in ("fd00:213::2", address))
+    tcp = struct.pack("!HHIIBBHHHBBH", 40000, port, 1, 0, 0x60, 2, 64000, 0, 0, 2, 4, 1440)
+    tcp = tcp[:16] + checksum(addresses + struct.pack("!II", len(tcp), 6) + tcp) + tcp[18:]
+    ip = struct.pack("!IHBB", 6 << 28, len(tcp), 6, 64) + addresses
+    link = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+    link.bind(("eth0", 0x86dd))
+    link.send(b"\xff" * 6 + link.getsockname()[4] + b"\x86\xdd" + ip + tcp)
 "#;
 
 #[test]
@@ -132,7 +146,9 @@ fn the_guest_does_not_reach_the_loopback_of_the_host() {
     let lan = Lan::enter();
     let _outside = lan.outside();
     let private = TcpListener::bind("127.0.0.1:4000").expect("bound");
+    let private_v6 = TcpListener::bind("[::1]:4000").expect("bound");
     let public = TcpListener::bind("192.0.2.2:4001").expect("bound");
+    let public_v6 = TcpListener::bind("[fd99::2]:4001").expect("bound");
     let mut python = Python::start(&story, &[&USER[..], &["--cap-add", "NET_RAW"]].concat());
     assert_eq!(python.exec(FORGE), "None");
     assert_eq!(python.eval("socket.create_connection(('10.213.0.1', 4000), 5)"), "timed out");
@@ -140,8 +156,16 @@ fn the_guest_does_not_reach_the_loopback_of_the_host() {
     // Frames go in order: when this one has arrived, so have the others.
     assert_eq!(python.exec("connect('192.0.2.2', 4001)"), "None");
     public.accept().expect("the address of the host is reached");
-    private.set_nonblocking(true).expect("a flag");
-    assert_eq!(private.accept().expect_err("nobody came").kind(), ErrorKind::WouldBlock);
+    for local in ["::1", "::", "::ffff:127.0.0.1", "::127.0.0.1"] {
+        assert_eq!(python.exec(&format!("connect6('{local}', 4000)")), "None");
+    }
+    assert_eq!(python.eval("socket.create_connection(('fd00:213::1', 4000), 5)"), "timed out");
+    assert_eq!(python.exec("connect6('fd99::2', 4001)"), "None");
+    public_v6.accept().expect("the address of the host is reached");
+    for listener in [private, private_v6] {
+        listener.set_nonblocking(true).expect("a flag");
+        assert_eq!(listener.accept().expect_err("nobody came").kind(), ErrorKind::WouldBlock);
+    }
     assert_eq!(python.end(), 0);
 }
 

@@ -53,6 +53,18 @@ pub(super) async fn interfaces(handle: &Handle) -> Result<Vec<LinkMessage>, Netw
     found.map_err(NetworkError::netlink("list the interfaces of the network namespace"))
 }
 
+/// Whether the namespace has a default route of IPv6.
+pub(super) async fn has_ipv6_route(handle: &Handle) -> Result<bool, NetworkError> {
+    let routes = handle.route().get(v6_query()).execute().try_collect().await;
+    let routes: Vec<RouteMessage> = routes.map_err(NetworkError::netlink("list the routes of the host"))?;
+    let leads_out = |header: &RouteHeader| {
+        header.destination_prefix_length == 0
+            && header.table == RouteHeader::RT_TABLE_MAIN
+            && header.kind == RouteType::Unicast
+    };
+    Ok(routes.iter().any(|route| leads_out(&route.header)))
+}
+
 impl Found {
     pub(super) async fn read(handle: &Handle) -> Result<Self, NetworkError> {
         let messages = interfaces(handle).await?;

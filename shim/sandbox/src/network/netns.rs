@@ -78,18 +78,29 @@ pub(super) fn enter<T: Send>(
             action: "enter the network namespace".to_owned(),
             source: error.into(),
         })?;
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let runtime = runtime.map_err(NetworkError::host("start a runtime"))?;
-        runtime.block_on(async {
-            let opened = rtnetlink::new_connection().map_err(NetworkError::host("open a netlink socket"));
-            let (connection, handle, _) = opened?;
-            let connection = tokio::spawn(connection);
-            let done = work(handle).await;
-            connection.abort();
-            done
-        })
+        with_netlink(work)
     };
     on_a_thread(entered)
+}
+
+/// Runs `work` in our own namespace, with a netlink connection to it.
+pub(super) fn stay<T: Send>(
+    work: impl AsyncFnOnce(Handle) -> Result<T, NetworkError> + Send,
+) -> Result<T, NetworkError> {
+    on_a_thread(|| with_netlink(work))
+}
+
+fn with_netlink<T>(work: impl AsyncFnOnce(Handle) -> Result<T, NetworkError>) -> Result<T, NetworkError> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(NetworkError::host("start a runtime"))?;
+    runtime.block_on(async {
+        let opened = rtnetlink::new_connection().map_err(NetworkError::host("open a netlink socket"));
+        let (connection, handle, _) = opened?;
+        let connection = tokio::spawn(connection);
+        let done = work(handle).await;
+        connection.abort();
+        done
+    })
 }
 
 fn on_a_thread<T: Send>(work: impl FnOnce() -> Result<T, NetworkError> + Send) -> Result<T, NetworkError> {

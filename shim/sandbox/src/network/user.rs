@@ -6,7 +6,7 @@
 use std::env;
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
@@ -18,13 +18,17 @@ use command_fds::{CommandFdExt as _, FdMapping};
 use rustix::fs::MemfdFlags;
 use vmm_api::net::{Backend, NetDevice};
 
-use super::{Held, Interface, MacAddress, Network, NetworkError, Policy};
+use super::{Held, Interface, MacAddress, Network, NetworkError, Policy, facts, netns};
 use crate::message::{Interface as GuestInterface, Route, SetNetworkRequest};
 
 /// The guest's address, when the caller has no wish.
 pub const DEFAULT_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 213, 0, 2);
 /// Length of the prefix of the network that guest and gateway pretend to share.
 const PREFIX_LEN: u8 = 24;
+/// The same of IPv6, where the host has a default route of it. Programs prefer IPv4 to such addresses (RFC 6724, 2.1).
+const ADDRESS_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x213, 0, 0, 0, 0, 0, 2);
+const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x213, 0, 0, 0, 0, 0, 1);
+const PREFIX_LEN_V6: u8 = 64;
 /// Host parts of the gateway and of the address at which the host's resolver answers.
 const GATEWAY_HOST: u8 = 1;
 const RESOLVER_HOST: u8 = 3;
@@ -93,13 +97,16 @@ pub fn start(options: &UserOptions) -> Result<Network, NetworkError> {
     let mac = random_mac()?;
     let (mut ours, theirs) = UnixStream::pair().map_err(NetworkError::host("make a socket for passt"))?;
     let address = options.address.unwrap_or(DEFAULT_ADDRESS);
+    let has_v6 = netns::stay(async |handle| facts::has_ipv6_route(&handle).await)?;
     let mut words = words_file().map_err(NetworkError::host("make a file for the words of passt"))?;
-    let child = spawn(&program, options, address, theirs.into(), &words)?;
+    let child = spawn(&program, arguments(options, address, has_v6), theirs.into(), &words)?;
     let passt = Passt(child);
     if greet(&mut ours, mac, address).is_err() {
         drop(passt);
         return Err(NetworkError::Passt { said: said(&mut words) });
     }
+    let mut addresses = vec![IpAddr::from(address)];
+    addresses.extend(has_v6.then_some(IpAddr::from(ADDRESS_V6)));
     let device = NetDevice {
         name: "eth0".to_owned(),
         mac,
@@ -107,22 +114,19 @@ pub fn start(options: &UserOptions) -> Result<Network, NetworkError> {
         backend: Backend::Stream,
         rx_limit: options.policy.rx_limit,
         tx_limit: options.policy.tx_limit,
-        only_from: options.policy.anti_spoofing.then(|| vec![address.into()]),
+        only_from: options.policy.anti_spoofing.then_some(addresses),
     };
-    let guest = guest(&device, address, &options.dns);
+    let mut guest = guest(&device, address, &options.dns);
+    if has_v6 {
+        add_v6(&mut guest);
+    }
     let held = Held { _passt: Some(passt), ..Default::default() };
     Ok(Network { interfaces: vec![Interface { device, fds: vec![ours.into()] }], guest, held })
 }
 
-fn spawn(
-    program: &Path,
-    options: &UserOptions,
-    address: Ipv4Addr,
-    socket: OwnedFd,
-    words: &File,
-) -> Result<Child, NetworkError> {
+fn spawn(program: &Path, arguments: Vec<String>, socket: OwnedFd, words: &File) -> Result<Child, NetworkError> {
     let mut command = Command::new(program);
-    command.args(arguments(options, address)).env_clear().stdin(Stdio::null()).stdout(Stdio::null());
+    command.args(arguments).env_clear().stdin(Stdio::null()).stdout(Stdio::null());
     command.stderr(words.try_clone().map_err(NetworkError::host("make a file for the words of passt"))?);
     // An interrupt at the terminal is for the container.
     std::os::unix::process::CommandExt::process_group(&mut command, 0);
@@ -134,7 +138,7 @@ fn spawn(
     command.spawn().map_err(NetworkError::host(format!("start {}", program.display())))
 }
 
-fn arguments(options: &UserOptions, address: Ipv4Addr) -> Vec<String> {
+fn arguments(options: &UserOptions, address: Ipv4Addr, has_v6: bool) -> Vec<String> {
     let mut words = ["--foreground", "--stderr", "--quiet", "--fd"].map(str::to_owned).to_vec();
     words.push(SOCKET_FD.to_string());
     let mut add = |flag: &str, value: String| words.extend([flag.to_owned(), value]);
@@ -153,15 +157,22 @@ fn arguments(options: &UserOptions, address: Ipv4Addr) -> Vec<String> {
             add(flag, port_spec(port));
         }
     }
-    // The guest is told its address by its agent, and that is one of IPv4. The host's loopback is for the host: the gateway is
-    // no name of it, and frames for it end in the VMM.
-    words.extend(["--ipv4-only", "--no-dhcp", "--no-map-gw"].map(str::to_owned));
+    if has_v6 {
+        add("--address", ADDRESS_V6.to_string());
+        add("--gateway", GATEWAY_V6.to_string());
+    } else {
+        words.push("--ipv4-only".to_owned());
+    }
+    // The guest is told its addresses by its agent. The host's loopback is for the host: the gateway is no name of it, and
+    // frames for it end in the VMM.
+    words.extend(["--no-dhcp", "--no-dhcpv6", "--no-ra", "--no-map-gw"].map(str::to_owned));
     words
 }
 
 fn port_spec(port: &PortForward) -> String {
-    let address = port.host_address.map(|address| format!("{address}/")).unwrap_or_default();
-    format!("{address}{}:{}", port.host_port, port.guest_port)
+    // A server of the guest may have IPv4 alone, and passt takes a connection before it knows.
+    let address = port.host_address.unwrap_or(Ipv4Addr::UNSPECIFIED.into());
+    format!("{address}/{}:{}", port.host_port, port.guest_port)
 }
 
 fn guest(device: &NetDevice, address: Ipv4Addr, dns: &[IpAddr]) -> SetNetworkRequest {
@@ -182,6 +193,18 @@ fn guest(device: &NetDevice, address: Ipv4Addr, dns: &[IpAddr]) -> SetNetworkReq
         }],
         resolv_conf: super::resolv_conf(&servers),
         ..Default::default()
+    }
+}
+
+fn add_v6(guest: &mut SetNetworkRequest) {
+    for interface in &mut guest.interfaces {
+        interface.addresses.push(format!("{ADDRESS_V6}/{PREFIX_LEN_V6}"));
+        guest.routes.push(Route {
+            destination: "::/0".to_owned(),
+            gateway: GATEWAY_V6.to_string(),
+            interface: interface.name.clone(),
+            ..Default::default()
+        });
     }
 }
 
@@ -240,11 +263,12 @@ mod tests {
         let udp =
             PortForward { host_address: Some(Ipv4Addr::LOCALHOST.into()), host_port: 53, guest_port: 53, udp: true };
         let options = UserOptions { ports: vec![tcp, udp], ..Default::default() };
-        let words = arguments(&options, DEFAULT_ADDRESS).join(" ");
-        assert!(words.contains("--tcp-ports 8080:80"), "{words}");
+        let words = arguments(&options, DEFAULT_ADDRESS, false).join(" ");
+        assert!(words.contains("--tcp-ports 0.0.0.0/8080:80") && words.contains("--ipv4-only"), "{words}");
         assert!(words.contains("--udp-ports 127.0.0.1/53:53"), "{words}");
-        let words = arguments(&UserOptions::default(), DEFAULT_ADDRESS).join(" ");
+        let words = arguments(&UserOptions::default(), DEFAULT_ADDRESS, true).join(" ");
         assert!(words.contains("--tcp-ports none --udp-ports none") && words.contains("--no-map-gw"), "{words}");
+        assert!(words.contains("--gateway fd00:213::1") && !words.contains("--ipv4-only"), "{words}");
     }
 
     #[test]
@@ -258,8 +282,11 @@ mod tests {
             tx_limit: Default::default(),
             only_from: None,
         };
-        let told = guest(&device, DEFAULT_ADDRESS, &[]);
+        let mut told = guest(&device, DEFAULT_ADDRESS, &[]);
         assert_eq!(told.interfaces[0].addresses, ["10.213.0.2/24"]);
+        add_v6(&mut told);
+        assert_eq!(told.interfaces[0].addresses, ["10.213.0.2/24", "fd00:213::2/64"]);
+        assert_eq!((told.routes[1].destination.as_str(), told.routes[1].gateway.as_str()), ("::/0", "fd00:213::1"));
         assert_eq!(told.routes[0].gateway, "10.213.0.1");
         assert_eq!(told.resolv_conf, "nameserver 10.213.0.3\n");
         let told = guest(&device, DEFAULT_ADDRESS, &["1.1.1.1".parse().expect("an address")]);
