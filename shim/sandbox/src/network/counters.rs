@@ -10,7 +10,6 @@ use vmm_api::net::NetStats;
 use super::{NetworkError, netns};
 
 /// Counters of one interface of a VM.
-#[derive(Clone)]
 pub(crate) struct Counters {
     pub(super) namespace: Arc<OwnedFd>,
     pub(super) interface: String,

@@ -250,7 +250,7 @@ impl Net {
     fn start_vhost(&self, with: &Activation) -> Result<(), ActivateError> {
         let host = |action| move |source| ActivateError::Host { action, source };
         let Some(pairs) = &self.vhost else { return Ok(()) };
-        self.shared.set_follower(Follower { pairs: pairs.clone(), device_thread: with.device_thread.clone() });
+        self.shared.set_follower(Follower::new(pairs.clone(), with.device_thread.clone()));
         let following = lock(pairs).follow(self.shared.link_up(), self.shared.active_pairs());
         following.map_err(host("hand a TAP interface to vhost-net"))
     }

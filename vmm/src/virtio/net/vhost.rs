@@ -173,14 +173,25 @@ impl Vhost {
 
 /// Has the pairs follow, from any thread.
 pub(super) struct Follower {
-    pub(super) pairs: Arc<Mutex<VhostPairs>>,
-    pub(super) device_thread: DeviceThread,
+    pairs: Arc<Mutex<VhostPairs>>,
+    device_thread: DeviceThread,
+    /// What to follow next.
+    order: Arc<Mutex<Option<(bool, u16)>>>,
 }
 
 impl Follower {
+    pub(super) fn new(pairs: Arc<Mutex<VhostPairs>>, device_thread: DeviceThread) -> Self {
+        Self { pairs, device_thread, order: Arc::default() }
+    }
+
     pub(super) fn follow(&self, link_up: bool, active_pairs: u16) {
-        let pairs = self.pairs.clone();
+        // However often a guest changes its mind, one order waits.
+        if lock(&self.order).replace((link_up, active_pairs)).is_some() {
+            return;
+        }
+        let (pairs, order) = (self.pairs.clone(), self.order.clone());
         self.device_thread.post(move || {
+            let Some((link_up, active_pairs)) = lock(&order).take() else { return };
             if let Err(error) = lock(&pairs).follow(link_up, active_pairs) {
                 // The interface is gone, and a guest may ask for this again and again.
                 tracing::debug!(%error, "a queue of a TAP interface cannot be used or left");
