@@ -85,7 +85,7 @@ async fn interfaces_come_and_go_while_the_pod_runs() {
     let story = Story::new();
     let lan = Lan::enter();
     let netns = lan.netns();
-    let pod = Pod::boot_with(&story, SMALL, network(&netns)).await;
+    let pod = Pod::boot_with(&story, SMALL, network(&netns, Policy::default())).await;
     let _attachment = Attachment::add(&netns, "eth0", vec![bridge(&story.volume(), 1500)]);
     pod.0.rescan_network().await.expect("looked at again");
     let (code, output) = pod.run("wired", "ping -c 2 -W 20 10.88.0.1 && ping -6 -c 2 -W 20 fd88::1", net_raw).await;

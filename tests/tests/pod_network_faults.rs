@@ -22,7 +22,7 @@ const MAX_GROWTH_KIB: u64 = 16 << 10;
 
 async fn boot(story: &Story, netns: &Netns) -> Pod {
     let limit = RateLimit { bytes_per_s: 0, frames_per_s: FRAMES_PER_S };
-    let policy = Policy { rx_limit: limit, tx_limit: limit, anti_spoofing: false };
+    let policy = Policy { rx_limit: limit, tx_limit: limit, ..Default::default() };
     let options = PodOptions { queue_pairs: 1, resolv_conf: String::new(), policy };
     Pod::boot_with(story, SMALL, attach(&netns.path(), &options).expect("the namespace is joined")).await
 }

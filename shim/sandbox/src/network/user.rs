@@ -25,7 +25,7 @@ use crate::message::{Interface as GuestInterface, Route, SetNetworkRequest};
 pub const DEFAULT_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 213, 0, 2);
 /// Length of the prefix of the network that guest and gateway pretend to share.
 const PREFIX_LEN: u8 = 24;
-/// The same of IPv6, where the host has a default route of it. Programs prefer IPv4 to such addresses (RFC 6724, 2.1).
+/// The same of IPv6, where the host has a default route of it. To public addresses programs prefer IPv4 then (RFC 6724, 2.1).
 const ADDRESS_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x213, 0, 0, 0, 0, 0, 2);
 const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x213, 0, 0, 0, 0, 0, 1);
 const PREFIX_LEN_V6: u8 = 64;
