@@ -17,6 +17,7 @@ use std::time::Duration;
 pub use client::{Client, Process};
 pub use events::{Event, Events};
 pub use fifo::Streams;
+pub(crate) use images::busybox_image;
 pub use packages::Release;
 use rustix::process::{Pid, Signal, kill_process};
 pub use spec::process;

@@ -17,6 +17,7 @@ pub use terminal::Terminal;
 pub mod containerd;
 pub mod cri;
 pub mod dns;
+pub mod docker;
 pub mod escape;
 pub mod guest;
 pub mod image;

@@ -15,7 +15,7 @@ const CRI_NAMESPACE: &str = "k8s.io";
 impl Containerd {
     /// Returns the chain id of the image's layers.
     pub(super) fn import_busybox(&self) -> String {
-        let busybox = busybox(json!({"Cmd": ["sh"], "Env": ["PATH=/bin"]}));
+        let busybox = busybox_image();
         self.import(&busybox, BUSYBOX, &[&self.namespace(), CRI_NAMESPACE]);
         let pause = self::busybox(json!({"Entrypoint": ["/bin/sleep", "1000000"]}));
         self.import(&pause, PAUSE, &[CRI_NAMESPACE]);
@@ -25,7 +25,7 @@ impl Containerd {
 
     /// Imports the image of busybox by another name, into the namespace that `ctr` has by default.
     pub fn import_as(&self, name: &str) {
-        self.import(&busybox(json!({"Cmd": ["sh"], "Env": ["PATH=/bin"]})), name, &["default"]);
+        self.import(&busybox_image(), name, &["default"]);
     }
 
     fn import(&self, image: &Image, name: &str, namespaces: &[&str]) {
@@ -47,6 +47,11 @@ impl Containerd {
         let _ = outcome(self.ctr_in(namespace, &import)).success();
         fs::remove_file(archive).expect("removed");
     }
+}
+
+/// The image that [`BUSYBOX`] names.
+pub(crate) fn busybox_image() -> Image {
+    busybox(json!({"Cmd": ["sh"], "Env": ["PATH=/bin"]}))
 }
 
 fn busybox(config: Value) -> Image {

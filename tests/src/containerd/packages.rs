@@ -1,4 +1,4 @@
-//! Where the unpacked packages are: containerd of three Debian releases, runc and the CNI plugins.
+//! Where the unpacked packages are: containerd of three Debian releases, runc, Docker and the CNI plugins.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -30,12 +30,13 @@ impl Release {
     }
 }
 
-/// `PATH` for containerd and `ctr` of a release: their own programs, runc, the link to the shim, the system's.
+/// `PATH` for containerd and `ctr` of a release: their own programs, runc, Docker, the link to the shim, the system's.
 pub(super) fn path(release: Release) -> String {
     let packages = packages();
     let containerd = packages.join(release.name()).join("usr/bin");
-    let runc = packages.join("runc/usr/sbin");
-    format!("{}:{}:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", containerd.display(), runc.display())
+    let others = ["runc/usr/sbin", "docker/usr/sbin", "docker/usr/bin"].map(|folder| packages.join(folder));
+    let [runc, dockerd, docker] = others.each_ref().map(|folder| folder.display());
+    format!("{}:{runc}:{dockerd}:{docker}:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", containerd.display())
 }
 
 /// The CNI plugins.
