@@ -23,6 +23,7 @@ mod reaper;
 mod refuse;
 mod server;
 mod share;
+mod socket_volume;
 mod step;
 mod streams;
 mod sys;

@@ -1,10 +1,11 @@
 //! The protocol: each method calls one function; errors become gRPC status codes here and nowhere else.
 
 use agent_api::message::{
-    CloseStdinRequest, ConfigureRequest, ContainerRequest, CopyRequest, CreateContainerRequest, DeleteRequest, Empty,
-    EventsReply, ExecRequest, ForwardRequest, ListProcessesReply, MemoryVolumeRequest, OnlineResourcesReply,
-    PathRequest, PathStat, ProcessReply, ProcessRequest, ResizeRequest, SetClockRequest, SetNetworkRequest,
-    ShareRequest, SignalRequest, StateReply, StatsReply, UpdateRequest, WaitReply, WriteVolumeRequest,
+    AcceptSocketRequest, CloseStdinRequest, ConfigureRequest, ContainerRequest, CopyRequest, CreateContainerRequest,
+    DeleteRequest, Empty, EventsReply, ExecRequest, ForwardRequest, ListProcessesReply, ListenSocketRequest,
+    MemoryVolumeRequest, OnlineResourcesReply, PathRequest, PathStat, ProcessReply, ProcessRequest, ResizeRequest,
+    SetClockRequest, SetNetworkRequest, ShareRequest, SignalRequest, StateReply, StatsReply, UpdateRequest, WaitReply,
+    WriteVolumeRequest,
 };
 use agent_api::service::{self, Agent};
 use agent_api::{CONTROL_PORT, HOST_CID};
@@ -22,6 +23,7 @@ use crate::events::Events;
 use crate::network::NetworkError;
 use crate::reaper::Reaper;
 use crate::share::ShareTag;
+use crate::socket_volume::Sockets;
 use crate::{copied_volume, hotplug, memory_volume, network, sys};
 
 /// Dials the host and serves until the connection ends.
@@ -32,7 +34,8 @@ pub(crate) async fn serve() -> Result<()> {
     let connection = watched::Watched::new(stream, closed);
     let events = Events::default();
     let containers = Containers::new(reaper, events.clone());
-    let service = service::create_agent(std::sync::Arc::new(Service { containers, events }));
+    let service =
+        service::create_agent(std::sync::Arc::new(Service { containers, events, sockets: Sockets::default() }));
     let incoming = async_stream(connection);
     let mut server = ttrpc::asynchronous::Server::new().add_listener(Listener::new(incoming)).register_service(service);
     server.start().await?;
@@ -52,6 +55,7 @@ mod watched;
 struct Service {
     containers: Containers,
     events: Events,
+    sockets: Sockets,
 }
 
 fn status(error: &ContainerError) -> ttrpc::Error {
@@ -236,6 +240,18 @@ impl Agent for Service {
     async fn write_volume(&self, _: &TtrpcContext, request: WriteVolumeRequest) -> ttrpc::Result<Empty> {
         let volume = share_tag(&request.name)?;
         copied_volume::write(&volume, &request).map_err(|e| internal("write the volume", &e))?;
+        Ok(Empty::new())
+    }
+
+    async fn listen_socket(&self, _: &TtrpcContext, request: ListenSocketRequest) -> ttrpc::Result<Empty> {
+        let volume = share_tag(&request.name)?;
+        self.sockets.listen(&volume, &request.ownership).map_err(|e| internal("make the socket", &e))?;
+        Ok(Empty::new())
+    }
+
+    async fn accept_socket(&self, _: &TtrpcContext, request: AcceptSocketRequest) -> ttrpc::Result<Empty> {
+        let volume = share_tag(&request.name)?;
+        self.sockets.accept(&volume, request.stream).await.map_err(|e| internal("carry a connection", &e))?;
         Ok(Empty::new())
     }
 

@@ -11,9 +11,10 @@ mod lifecycle;
 mod memory;
 mod requests;
 mod sandbox;
+mod sockets;
 mod watch;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -59,6 +60,10 @@ pub(crate) struct Pod {
     memory_volumes: VolumeNames,
     /// Of volumes that are copied into the guest.
     copied_volumes: VolumeNames,
+    /// Of sockets of the host.
+    socket_volumes: VolumeNames,
+    /// Names of those that are connected.
+    served_sockets: Mutex<HashSet<String>>,
     settings: Mutex<Settings>,
     next_share: AtomicU32,
     next_exec_pid: AtomicU32,
@@ -96,6 +101,8 @@ impl Pod {
             volumes: Mutex::default(),
             memory_volumes: VolumeNames::new('m'),
             copied_volumes: VolumeNames::new('c'),
+            socket_volumes: VolumeNames::new('s'),
+            served_sockets: Mutex::default(),
             settings: Mutex::default(),
             next_share: AtomicU32::new(0),
             next_exec_pid: AtomicU32::new(FIRST_EXEC_PID),
@@ -164,6 +171,10 @@ impl Pod {
 
     fn volumes(&self) -> MutexGuard<'_, HashMap<Volume, GuestVolume>> {
         self.volumes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn served_sockets(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.served_sockets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn settings(&self) -> MutexGuard<'_, Settings> {

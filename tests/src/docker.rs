@@ -14,7 +14,10 @@ const BOOT_DEADLINE: Duration = Duration::from_secs(120);
 /// Longest time that a `docker` may take, in seconds: VMs start on an emulated host.
 const DEADLINE_S: &str = "180";
 
-/// A running dockerd with the image [`BUSYBOX`]; ended when dropped.
+/// The image of the README.
+const README_IMAGE: &str = "docker.io/library/busybox:latest";
+
+/// A running dockerd with the images [`BUSYBOX`] and [`README_IMAGE`]; ended when dropped.
 pub struct Docker<'a> {
     containerd: &'a Containerd,
     daemon: Child,
@@ -43,8 +46,10 @@ impl<'a> Docker<'a> {
         let socket = containerd.path("docker.sock");
         eventually(BOOT_DEADLINE, "dockerd listens", || std::os::unix::net::UnixStream::connect(&socket).is_ok());
         let archive = containerd.path("image.tar");
-        crate::containerd::busybox_image().write_docker_archive(&archive, BUSYBOX);
-        let _ = docker.run(&["load", "--input", archive.to_str().expect("a path of ours")]).success();
+        for name in [BUSYBOX, README_IMAGE] {
+            crate::containerd::busybox_image().write_docker_archive(&archive, name);
+            let _ = docker.run(&["load", "--input", archive.to_str().expect("a path of ours")]).success();
+        }
         fs::remove_file(archive).expect("removed");
         docker
     }
@@ -55,6 +60,16 @@ impl<'a> Docker<'a> {
         let host = format!("unix://{}", self.containerd.path("docker.sock").display());
         let limited = ["--foreground", "--kill-after=5", DEADLINE_S, "docker", "--host", &host];
         outcome(self.containerd.command("timeout", &[&limited[..], arguments].concat()))
+    }
+
+    /// Runs a shell script that calls `docker`.
+    #[must_use]
+    pub fn shell(&self, script: &str) -> Outcome {
+        let host = format!("unix://{}", self.containerd.path("docker.sock").display());
+        outcome(
+            self.containerd
+                .command("env", &[&format!("DOCKER_HOST={host}"), "timeout", DEADLINE_S, "sh", "-c", script]),
+        )
     }
 
     /// What it logged.

@@ -70,7 +70,7 @@ fn assert_held(containerd: &Containerd, before: Held) {
 fn vms_leave_nothing(containerd: &mut Containerd) {
     let client = containerd.client();
     containerd.block_on(async {
-        for number in 0..number_of(500, 3) {
+        for number in 0..number_of(500, 2) {
             let id = format!("row-{number}");
             let mut task = client.create(&id, &SLEEP, |_| {}).await.expect("created");
             task.start().await.expect("started");
@@ -133,7 +133,7 @@ fn processes_leave_nothing_in_their_container(containerd: &mut Containerd) {
         };
         burst(0).await;
         let before = Held::by(containerd);
-        for number in 1..=number_of(1000, 100) / AT_A_TIME {
+        for number in 1..=number_of(1000, 50) / AT_A_TIME {
             burst(number).await;
         }
         assert_held(containerd, before);

@@ -1,6 +1,8 @@
 //! Pods through containerd's CRI plugin, as the kubelet makes them: with a pause container, and through the sandbox service of the shim.
 
 use std::fs;
+use std::io::Write as _;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::Duration;
 
@@ -15,7 +17,7 @@ const CHECKS: &[Check] = checks![
     containers_of_a_pod_share_what_the_pod_says,
     volumes_are_those_of_kubernetes,
     volumes_in_memory_are_memory_of_the_guest,
-    a_swap_of_a_volume_is_told_to_who_watches_it,
+    a_swap_of_a_volume_is_told_to_who_watches_it_and_a_socket_leads_to_the_host,
     out_of_memory_is_the_reason_that_the_status_gives,
     ten_containers_of_a_pod_are_one_vm,
     pods_have_the_network_of_cni,
@@ -40,6 +42,15 @@ fd = libc.inotify_init1(0)
 libc.inotify_add_watch(fd, b"/settings", 0x80)
 while True:
     print(os.read(fd, 4096)[16:].split(b"\0")[0].decode(), flush=True)'
+"#;
+/// The same Python, which reads what a socket has to say.
+const CONNECT: &str = r#"
+lib=/host/lib/x86_64-linux-gnu
+PYTHONHOME=/host exec $lib/ld-linux-x86-64.so.2 --library-path $lib /host/bin/python3 -SBc '
+import _socket
+peer = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0)
+peer.connect("/run/host.sock")
+print(peer.recv(100, _socket.MSG_WAITALL).decode(), end="")'
 "#;
 const CURL: &str = "curl --silent --show-error --globoff --max-time 60";
 const WAIT: &str = "echo up; trap 'exit 0' TERM; while true; do sleep 0.2; done";
@@ -238,15 +249,24 @@ fn volumes_in_memory_are_memory_of_the_guest(containerd: &mut Containerd) {
     });
 }
 
-fn a_swap_of_a_volume_is_told_to_who_watches_it(containerd: &mut Containerd) {
+fn a_swap_of_a_volume_is_told_to_who_watches_it_and_a_socket_leads_to_the_host(containerd: &mut Containerd) {
     containerd.block_on(async {
         let mut cri = Cri::connect(containerd).await;
         let pod = cri.run_pod(cri.pod_config("story-pod"), handler()).await.expect("a pod");
         let volumes = containerd.path("volumes");
         let mut settings = ConfigVolume::create(volumes.join("kubernetes.io~configmap/settings"), "key", "old");
+        let socket = volumes.join("socket");
+        let listener = UnixListener::bind(&socket).expect("bound");
+        let server = std::thread::spawn(move || listener.accept().expect("a connection").0.write_all(b"from the host"));
         let mut watcher = container("watcher", WATCH);
-        watcher.mounts = vec![mount(settings.path(), "/settings", true), mount(Path::new("/usr"), "/host", true)];
+        watcher.mounts = vec![
+            mount(settings.path(), "/settings", true),
+            mount(Path::new("/usr"), "/host", true),
+            mount(&socket, "/run/host.sock", false),
+        ];
         let watcher = cri.start(&pod, watcher).await.expect("started");
+        assert_eq!(cri.shell(&watcher, CONNECT).await, "from the host");
+        server.join().expect("no panic").expect("written");
         assert_eq!(cri.shell(&watcher, "cat /settings/key").await, "old");
         // The first swaps may come before it watches.
         let is_told = becomes_true(Duration::from_secs(60), || {

@@ -1,6 +1,7 @@
 //! `docker run --runtime io.containerd.vm.v2`: one option more, and the container is a VM.
 
 use std::fs;
+use std::path::Path;
 
 use tests::containerd::{BUSYBOX, Check, Containerd, Release, tell};
 use tests::docker::Docker;
@@ -14,14 +15,21 @@ fn trixie() {
     tell(Release::Trixie, CHECKS);
 }
 
+/// The commands of the README's section.
+fn readme_commands() -> Vec<String> {
+    let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md")).expect("README");
+    let section = readme.split("\n## Docker\n").nth(1).expect("the section").split("\n## ").next();
+    let commands = section.expect("the section").lines().filter_map(|line| line.strip_prefix("    "));
+    commands.map(str::to_owned).collect()
+}
+
 fn docker_runs_containers_in_vms(containerd: &mut Containerd) {
     let docker = Docker::start(containerd);
     let run = |arguments: &[&str]| docker.run(&[&RUN, arguments].concat());
     let refused = run(&["--rm", BUSYBOX, "true"]);
     assert!(refused.code == 125 && refused.stderr.contains("`allowed = true` below `[hooks]`"), "{refused:?}");
-    let drop_ins = containerd.path("etc-vmrun/config.d");
-    fs::create_dir(&drop_ins).expect("a folder");
-    fs::write(drop_ins.join("docker.toml"), "[hooks]\nallowed = true\n").expect("a drop-in");
+    let said: String = readme_commands().iter().map(|command| docker.shell(command).success().to_owned()).collect();
+    assert_eq!(said, "hello\n");
 
     let ran = run(&["--rm", "--network", "none", BUSYBOX, "sh", "-c", "echo out; echo err >&2; exit 7"]);
     assert_eq!((ran.code, ran.stdout.as_str(), ran.stderr.as_str()), (7, "out\n", "err\n"), "{ran:?}");
@@ -40,5 +48,5 @@ fn docker_runs_containers_in_vms(containerd: &mut Containerd) {
     let _ = docker.run(&["stop", "web"]).success();
     assert_eq!(docker.run(&["wait", "web"]).success(), "3\n");
     let _ = docker.run(&["rm", "web"]).success();
-    fs::remove_dir_all(drop_ins).expect("removed");
+    fs::remove_dir_all(containerd.path("etc-vmrun/config.d")).expect("the README's drop-in");
 }

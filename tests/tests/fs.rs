@@ -2,7 +2,9 @@
 //! do to the host.
 
 use std::fs;
+use std::io::{Read as _, Write as _};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -319,4 +321,33 @@ fn what_the_host_changes_is_seen_at_the_next_open_and_within_a_second() {
     assert_eq!(guest.eval("os.path.exists('/mnt/new'), time.monotonic() < start + 2"), "(False, True)");
     assert_eq!(guest.eval("open('/mnt/a').read()"), "");
     assert_eq!(guest.end(), 0);
+}
+
+#[test]
+fn a_socket_of_the_host_is_reached_from_a_container() {
+    let story = Story::new();
+    let path = story.scratch().join("socket");
+    let listener = UnixListener::bind(&path).expect("bound");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).expect("a mode");
+    let server = std::thread::spawn(move || {
+        for _ in 0..2 {
+            let (mut client, _) = listener.accept().expect("a connection");
+            let mut said = String::new();
+            client.read_to_string(&mut said).expect("its end");
+            client.write_all(said.to_uppercase().as_bytes()).expect("answered");
+        }
+    });
+    let mut python = Python::start(&story, &["-v", &format!("{}:/run/host.sock:ro", path.display())]);
+    assert_eq!(python.exec("import socket, stat"), "None");
+    assert_eq!(python.eval("oct(os.stat('/run/host.sock').st_mode)"), "0o140640");
+    let connect = "s = socket.socket(socket.AF_UNIX); s.settimeout(20); s.connect('/run/host.sock')";
+    for words in ["hello", "again"] {
+        assert_eq!(python.exec(&format!("{connect}; s.sendall(b'{words}'); s.shutdown(socket.SHUT_WR)")), "None");
+        assert_eq!(python.eval("s.recv(100, socket.MSG_WAITALL)"), format!("b'{}'", words.to_uppercase()));
+    }
+    server.join().expect("no panic");
+    // Nobody listens on the host any more.
+    assert_eq!(python.exec(connect), "None");
+    assert_eq!(python.eval("s.recv(100)"), "b''");
+    assert_eq!(python.end(), 0);
 }

@@ -1,6 +1,8 @@
 //! The network of a pod VM, wired by real CNI plugins in a host network of the story's own.
 
 use std::fs;
+use std::io::Write as _;
+use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 
 use sandbox::ProcessId;
 use sandbox::network::pod::{PodOptions, attach};
@@ -8,6 +10,7 @@ use sandbox::network::{Network, Policy};
 use sandbox::plan::VmSize;
 use serde_json::{Value, json};
 use tests::Story;
+use tests::dns::Dns;
 use tests::lan::{Attachment, Lan, Netns, bridge, ip};
 use tests::pod::{Pod, SMALL};
 use tokio::io::AsyncReadExt as _;
@@ -54,9 +57,14 @@ fn net_raw(spec: &mut Value) {
 }
 
 #[tokio::test(flavor = "current_thread")]
-async fn a_pod_reaches_the_host_and_is_reached_over_ipv4_and_ipv6() {
+async fn a_pod_reaches_the_host_and_the_outside_over_ipv4_and_ipv6() {
     let story = Story::new();
     let lan = Lan::enter();
+    let outside = lan.outside();
+    outside.ip("route add 10.88.0.0/24 via 192.0.2.2\n-6 route add fd88::/64 via fd99::2");
+    let listeners = outside.inside(|| ["192.0.2.1:80", "[fd99::1]:80"].map(|at| TcpListener::bind(at).expect("bound")));
+    let names = outside.inside(|| UdpSocket::bind("[::]:53").expect("bound"));
+    let _dns = Dns::serve(names, Ipv4Addr::new(192, 0, 2, 1), "fd99::1".parse().expect("v6"));
     let netns = lan.netns();
     let attachment = Attachment::add(&netns, "eth0", vec![bridge(&story.volume(), 1500)]);
     // Rules keep the interface from vhost-net.
@@ -69,6 +77,21 @@ async fn a_pod_reaches_the_host_and_is_reached_over_ipv4_and_ipv6() {
     assert!(output.contains(&format!("inet {}/24", attachment.address('.'))), "{output}");
     assert!(output.contains(&format!("inet6 {}/64", attachment.address(':'))), "{output}");
     assert!(ip("-s neigh").contains(&attachment.address('.')), "the bridge has seen the pod");
+    let greeter = std::thread::spawn(move || {
+        listeners.map(|listener| {
+            let (mut connection, from) = listener.accept().expect("a connection");
+            connection.write_all(b"greetings\n").expect("sent");
+            from.ip().to_string()
+        })
+    });
+    let script = "for at in 192.0.2.1 fd99::1; do nc -w 60 $at 80 </dev/null && ping -c 1 -W 20 $at && nslookup outside.example $at || exit; done";
+    let (code, output) = pod.run("outside", script, net_raw).await;
+    assert_eq!(code, 0, "{output}");
+    assert_eq!(output.matches("greetings\n").count(), 2, "{output}");
+    assert_eq!(output.matches("Address: fd99::1\n").count(), 2, "both name servers have answered: {output}");
+    // Nobody stands for the pod.
+    let from = greeter.join().expect("no panic");
+    assert_eq!(from, [attachment.address('.'), attachment.address(':')]);
     let spoofed = "ip addr add 10.88.0.200/24 dev eth0; ping -I 10.88.0.200 -c 2 -W 5 10.88.0.1";
     let (code, output) = pod.run("spoof", spoofed, net_raw).await;
     assert!(code != 0 && output.contains("0 packets received"), "{output}");

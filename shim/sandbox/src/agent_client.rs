@@ -200,6 +200,17 @@ impl AgentClient {
         bounded("WriteVolume", call).await.map(drop)
     }
 
+    pub(crate) async fn listen_socket(&self, request: &message::ListenSocketRequest) -> Result<(), CallError> {
+        let call = self.0.listen_socket(context::with_duration(CALL_DEADLINE), request);
+        bounded("ListenSocket", call).await.map(drop)
+    }
+
+    pub(crate) async fn accept_socket(&self, request: &message::AcceptSocketRequest) -> Result<(), CallError> {
+        // Nobody may ever connect.
+        let call = self.0.accept_socket(context::with_timeout(0), request);
+        call.await.map(drop).map_err(|error| translate("AcceptSocket", error))
+    }
+
     /// The guest may reset before it answers, so there is nothing to report.
     pub(crate) async fn shutdown(&self) {
         let request = message::Empty::new();

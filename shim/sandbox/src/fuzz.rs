@@ -11,7 +11,7 @@ use tokio::net::UnixStream;
 use vmm_api::control::Message;
 
 use crate::agent_client::AgentClient;
-use crate::plan::{ShareTags, plan_container};
+use crate::plan::{self, ShareTags};
 use crate::{ProcessId, text};
 
 /// What an agent sends in place of its answers, until it hangs up.
@@ -59,7 +59,7 @@ pub fn vmm_messages(data: &[u8]) {
 /// When a bind mount of the plan has a source on the host.
 pub fn plan(data: &[u8]) {
     let Ok(spec) = serde_json::from_slice::<Spec>(data) else { return };
-    let Ok(plan) = plan_container(spec, &ShareTags::only(), &HashMap::new()) else { return };
+    let Ok(plan) = plan::plan(spec, &ShareTags::only(), &HashMap::new()) else { return };
     let mounts = plan.spec.mounts().iter().flatten();
     let is_bind = |options: &Option<Vec<String>>| options.iter().flatten().any(|o| o == "bind" || o == "rbind");
     for mount in mounts.filter(|mount| mount.typ().as_deref() == Some("bind") || is_bind(mount.options())) {

@@ -23,6 +23,7 @@ mod pid_namespace;
 pub mod plan;
 pub mod probe;
 pub mod share;
+pub mod socket;
 pub mod state;
 mod stream_call;
 mod streams;

@@ -150,24 +150,12 @@ pub fn guest_rootfs() -> PathBuf {
     Path::new(SHARE_DIR).join(ROOTFS_TAG)
 }
 
-/// Replaces the host paths of `spec` by guest paths, and lists what has to be shared for them.
+/// Replaces the host paths of a container's `spec` by guest paths, and lists what has to be shared for them. A volume that is in the guest
+/// already is taken from where it is, so that containers see one file system there.
 ///
 /// # Errors
 /// [`PlanError::NoSource`] and [`PlanError::Forbidden`].
-pub fn plan(spec: Spec) -> Result<Plan, PlanError> {
-    plan_container(spec, &ShareTags::only(), &HashMap::new())
-}
-
-/// As [`plan`], for one of several containers: its shares have tags of their own, and a volume that is in the guest already
-/// is taken from where it is, so that containers see one file system there.
-///
-/// # Errors
-/// As [`plan`].
-pub fn plan_container(
-    mut spec: Spec,
-    tags: &ShareTags,
-    in_guest: &HashMap<Volume, PathBuf>,
-) -> Result<Plan, PlanError> {
+pub fn plan(mut spec: Spec, tags: &ShareTags, in_guest: &HashMap<Volume, PathBuf>) -> Result<Plan, PlanError> {
     let mut volumes = Vec::new();
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     for mount in &mut mounts {

@@ -145,7 +145,8 @@ impl Pod {
         let ends = request.stdio.open(&self.namespace, &container.init.id).await?;
         let mut spec = request.spec.clone();
         self.apply_sandbox(&mut spec, request.role)?;
-        let mut in_memory = HashMap::new();
+        let sockets = self.sockets(&spec);
+        let mut in_memory = sockets.clone();
         if let Some(vm) = &present {
             in_memory.extend(self.add_memory_volumes(vm, &spec).await?);
             in_memory.extend(self.add_copied_volumes(vm, &spec).await?);
@@ -166,6 +167,7 @@ impl Pod {
                 self.boot(&request.id, size, shares, place).await?
             }
         };
+        self.serve_sockets(&vm, sockets.keys()).await?;
         let wanted = request.stdio.wanted(container.init.size());
         let streams = vm.sandbox.create(&container.id, &spec, wanted).await?;
         container.init.set_copying(ends.copy(streams));
@@ -183,7 +185,7 @@ impl Pod {
         let mut known: HashMap<Volume, PathBuf> =
             self.volumes().iter().map(|(volume, at)| (volume.clone(), at.path.clone())).collect();
         known.extend(in_memory);
-        let planned = plan::plan_container(spec, &container.tags, &known)?;
+        let planned = plan::plan(spec, &container.tags, &known)?;
         // Which of the known ones it uses is seen in the spec that came out.
         let sources: Vec<PathBuf> =
             planned.spec.mounts().iter().flatten().filter_map(|mount| mount.source().clone()).collect();

@@ -284,6 +284,9 @@ pub(crate) struct RunArgs {
     /// Network: none, user, bridge, or netns:PATH [default: user when a port or an address is given, else none].
     #[arg(long, alias = "net", value_name = "MODE")]
     pub(crate) network: Option<NetworkMode>,
+    /// Let the host's kernel carry the frames, without the VMM's checks: for --network bridge and netns:PATH.
+    #[arg(long)]
+    pub(crate) vhost_net: bool,
     /// Let a port of the host reach one of the container.
     #[arg(short, long, value_name = "[IP:]HOST:GUEST[/udp]", value_parser = parse_port)]
     pub(crate) publish: Vec<PortForward>,

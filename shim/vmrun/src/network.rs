@@ -90,25 +90,30 @@ pub(crate) fn create(args: &RunArgs, vcpus: u8, data_dir: &Path) -> Result<Netwo
     match args.network.as_ref().unwrap_or(&wished) {
         NetworkMode::Netns(path) => {
             refuse_ports(args, "the plugin that wired the namespace forwards its ports and gives addresses")?;
-            join(path, &args.dns, vcpus)
+            join(path, &args.dns, vcpus, args.vhost_net)
         }
         NetworkMode::Bridge => {
             let wired = bridge::create(data_dir, args.ip, &args.publish).context("cannot make the network")?;
             let servers = if args.dns.is_empty() { host_servers() } else { args.dns.clone() };
-            let mut network = join(&wired.netns, &servers, vcpus)?;
+            let mut network = join(&wired.netns, &servers, vcpus, args.vhost_net)?;
             network.hold(wired.ports);
             Ok(network)
         }
         NetworkMode::None => {
             refuse_ports(args, "a container without a network has none")?;
+            refuse_vhost(args)?;
             Ok(Network::default())
         }
-        NetworkMode::User => user::start(&user_options(args)?).context("cannot make the network"),
+        NetworkMode::User => {
+            refuse_vhost(args)?;
+            user::start(&user_options(args)?).context("cannot make the network")
+        }
     }
 }
 
-fn join(netns: &Path, dns: &[IpAddr], vcpus: u8) -> Result<Network> {
-    let options = PodOptions { queue_pairs: vcpus, resolv_conf: resolv_conf(dns), policy: Policy::default() };
+fn join(netns: &Path, dns: &[IpAddr], vcpus: u8, vhost: bool) -> Result<Network> {
+    let policy = Policy { vhost, ..Policy::default() };
+    let options = PodOptions { queue_pairs: vcpus, resolv_conf: resolv_conf(dns), policy };
     attach(netns, &options).context("cannot use the network namespace")
 }
 
@@ -128,6 +133,13 @@ fn servers(resolv_conf: &str) -> Vec<IpAddr> {
 pub(crate) fn is_wished(args: &RunArgs) -> bool {
     args.network.is_some()
         || !(args.publish.is_empty() && args.ip.is_none() && args.dns.is_empty() && args.add_host.is_empty())
+}
+
+fn refuse_vhost(args: &RunArgs) -> Result<()> {
+    if args.vhost_net {
+        bail!("--vhost-net needs --network bridge or netns:PATH: only those have a TAP interface");
+    }
+    Ok(())
 }
 
 fn refuse_ports(args: &RunArgs, why: &str) -> Result<()> {

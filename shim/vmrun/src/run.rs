@@ -11,8 +11,9 @@ use oci_spec::runtime::{Process, Spec};
 use sandbox::artifacts::Artifacts;
 use sandbox::cgroup::HostCgroup;
 use sandbox::network::Network;
-use sandbox::plan::{self, ROOTFS_TAG, VOLUMES_TAG, VmSize};
+use sandbox::plan::{self, ROOTFS_TAG, ShareTags, VOLUMES_TAG, VmSize, Volume};
 use sandbox::share::{self, Rootfs};
+use sandbox::socket;
 use sandbox::state::Status;
 use sandbox::{BootRequest, CachePolicy, CallError, ProcessId, ProcessStreams, Sandbox, WantedStreams};
 use tokio::net::UnixStream;
@@ -105,6 +106,8 @@ struct Prepared {
     spec: Spec,
     tree: OwnedFd,
     shares: Vec<(String, OwnedFd, CachePolicy)>,
+    /// Of the host, by their names in the guest.
+    sockets: Vec<(String, Volume)>,
     network: Network,
     at: Duration,
 }
@@ -113,6 +116,7 @@ struct Prepared {
 struct Started {
     sandbox: Sandbox,
     tree: OwnedFd,
+    sockets: Vec<(String, Volume)>,
     process: Process,
     copying: Copying,
     timing: String,
@@ -170,11 +174,12 @@ impl Run {
             return Err(anyhow!("the VMM did not join its cgroup").into());
         }
         record.update(|state| state.vmm_pid = Some(sandbox.vmm_pid()))?;
-        match self.start_command(record, &sandbox, &prepared.spec).await {
+        match self.start_command(record, &sandbox, &prepared.spec, &prepared.sockets).await {
             Ok((copying, created)) => {
                 let timing = self.timing(&sandbox, prepared.at, created);
                 let process = prepared.spec.process().clone().unwrap_or_default();
-                Ok(Started { sandbox, tree: prepared.tree, process, copying, timing })
+                let Prepared { tree, sockets, .. } = prepared;
+                Ok(Started { sandbox, tree, sockets, process, copying, timing })
             }
             Err(error) => {
                 sandbox.stop().await;
@@ -212,7 +217,12 @@ impl Run {
         let tree = self.rootfs_tree(record)?;
         let wanted = args.user.as_deref().or(image.user.as_deref()).filter(|user| !user.is_empty());
         let user = user::resolve(&tree, wanted.unwrap_or("0"))?;
-        let mut planned = plan::plan(spec::container(args, image, &user, &self.name, &self.command)?)?;
+        let spec = spec::container(args, image, &user, &self.name, &self.command)?;
+        let named = |(number, socket)| (format!("s{number}"), socket);
+        let sockets: Vec<(String, Volume)> = (0..).zip(socket::sockets(&spec)).map(named).collect();
+        let guest_path = |(name, socket): &(String, Volume)| (socket.clone(), plan::guest_memory_volume(name));
+        let in_guest = sockets.iter().map(guest_path).collect();
+        let mut planned = plan::plan(spec, &ShareTags::only(), &in_guest)?;
         if args.init {
             plan::add_init(&mut planned.spec);
         }
@@ -225,7 +235,7 @@ impl Run {
         if image.bundle.is_none() && network::is_wished(args) {
             network::tell(args, &self.name, &mut network, &mut planned.spec, &tree);
         }
-        Ok(Prepared { spec: planned.spec, tree, shares, network, at: self.start.elapsed() })
+        Ok(Prepared { spec: planned.spec, tree, shares, sockets, network, at: self.start.elapsed() })
     }
 
     async fn start_command(
@@ -233,8 +243,12 @@ impl Run {
         record: &Record,
         sandbox: &Sandbox,
         spec: &Spec,
+        sockets: &[(String, Volume)],
     ) -> Result<(Copying, Duration), NotStarted> {
         record.write_spec(spec)?;
+        for (name, socket) in sockets {
+            sandbox.add_socket(name, &socket.source).await.map_err(|e| refused(e, "create"))?;
+        }
         let terminal = self.args.tty.then(stdio::window_size);
         let wanted = WantedStreams { stdin: self.args.interactive, output: true, terminal };
         let streams = sandbox.create(&self.name, spec, wanted).await.map_err(|e| refused(e, "create"))?;
@@ -272,7 +286,7 @@ impl Run {
 
     /// Answers others and waits until the container is over; then keeps or removes its record.
     async fn attend(&self, record: Record, started: Started) -> Result<u8> {
-        let Started { sandbox, tree, process, mut copying, timing } = started;
+        let Started { sandbox, tree, sockets, process, mut copying, timing } = started;
         let listener = control::listen(&record.control_socket())?;
         record.update(|state| {
             state.started_at_ms = Some(now_ms());
@@ -283,6 +297,10 @@ impl Run {
         tokio::task::spawn_local(control::serve(listener, container.clone()));
         let followed = container.clone();
         tokio::task::spawn_local(async move { followed.sandbox.follow_network().await });
+        for (name, socket) in sockets {
+            let served = container.clone();
+            tokio::task::spawn_local(async move { served.sandbox.serve_socket(&name, &socket.source).await });
+        }
         if self.place == Place::Supervisor
             && let Err(error) = detach::report_started(&self.name, self.args.timing.then(|| timing.clone()))
         {

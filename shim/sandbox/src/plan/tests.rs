@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use oci_spec::runtime::{MountBuilder, Spec};
 
-use super::{PlanError, ShareTags, VmSize, Volume, guest_memory_volume, plan, plan_container, vm_size};
+use super::{Plan, PlanError, ShareTags, VmSize, Volume, guest_memory_volume, plan, vm_size};
 
 fn spec_with_bind(source: &str, options: &[&str]) -> Spec {
     let mount = MountBuilder::default()
@@ -20,9 +20,13 @@ fn spec_with_bind(source: &str, options: &[&str]) -> Spec {
     spec
 }
 
+fn alone(spec: Spec) -> Result<Plan, PlanError> {
+    plan(spec, &ShareTags::only(), &HashMap::new())
+}
+
 #[test]
 fn a_volume_gets_a_guest_path() {
-    let planned = plan(spec_with_bind("/srv/data", &["rbind", "ro"])).expect("plan");
+    let planned = alone(spec_with_bind("/srv/data", &["rbind", "ro"])).expect("plan");
     assert_eq!(planned.volumes, [Volume { source: PathBuf::from("/srv/data"), read_only: true }]);
     let mounts = planned.spec.mounts().clone().expect("mounts");
     assert_eq!(mounts[0].source(), &Some(PathBuf::from("/run/share/volumes/v0")));
@@ -32,7 +36,7 @@ fn a_volume_gets_a_guest_path() {
 #[test]
 fn other_mounts_stay_as_they_are() {
     let spec = Spec::default();
-    let planned = plan(spec.clone()).expect("plan");
+    let planned = alone(spec.clone()).expect("plan");
     assert_eq!(planned.volumes, []);
     assert_eq!(planned.spec.mounts(), spec.mounts());
 }
@@ -42,7 +46,7 @@ fn shared_memory_is_the_guests_unless_the_guest_has_a_volume_for_it() {
     let mut spec = spec_with_bind("/run/pod/shm", &["rbind", "rw"]);
     spec.mounts_mut().as_mut().expect("mounts")[0].set_destination("/dev/shm".into());
     let source = |in_guest| {
-        let planned = plan_container(spec.clone(), &ShareTags::only(), &in_guest).expect("plan");
+        let planned = plan(spec.clone(), &ShareTags::only(), &in_guest).expect("plan");
         assert_eq!(planned.volumes, []);
         planned.spec.mounts().clone().expect("mounts")[0].source().clone().expect("a source")
     };
@@ -53,7 +57,7 @@ fn shared_memory_is_the_guests_unless_the_guest_has_a_volume_for_it() {
 
 #[test]
 fn kernel_interfaces_of_the_host_are_refused() {
-    let error = plan(spec_with_bind("/proc/sys", &["bind"])).expect_err("refused");
+    let error = alone(spec_with_bind("/proc/sys", &["bind"])).expect_err("refused");
     assert_eq!(error, PlanError::Forbidden { path: PathBuf::from("/proc/sys") });
 }
 
