@@ -71,15 +71,21 @@ impl Sandbox {
         let socket = done(spawn_blocking(move || watch::listen(&namespace)).await)?;
         let failed = || NetworkError::host("watch the network namespace");
         let watch = watch::Watch::new(socket).map_err(failed())?;
-        loop {
-            // What is under way is not given up half done: only the wait is.
-            if let Err(error) = self.rescan_network().await {
-                tracing::warn!(error = &error as &dyn std::error::Error, "the guest does not have the pod's network");
+        let follow = async {
+            loop {
+                if let Err(error) = self.rescan_network().await {
+                    tracing::warn!(
+                        error = &error as &dyn std::error::Error,
+                        "the guest does not have the pod's network"
+                    );
+                }
+                watch.changed().await.map_err(failed())?;
             }
-            tokio::select! {
-                changed = watch.changed() => changed.map_err(failed())?,
-                _ = self.ended() => return Ok(()),
-            }
+        };
+        tokio::select! {
+            followed = follow => followed,
+            // Its TAP interfaces go with the VM, which is nothing to follow.
+            _ = self.ended() => Ok(()),
         }
     }
 

@@ -81,7 +81,13 @@ impl Pod {
     }
 
     /// Sends a signal. After SIGKILL the process is gone in two seconds, with the whole VM when the guest does not do it.
-    pub(crate) async fn kill(&self, id: &str, exec_id: &str, signal: u32, all: bool) -> Result<(), TaskError> {
+    pub(crate) async fn kill(
+        self: &Arc<Self>,
+        id: &str,
+        exec_id: &str,
+        signal: u32,
+        all: bool,
+    ) -> Result<(), TaskError> {
         let container = self.container(id)?;
         let process = container.process(exec_id)?;
         match process.phase() {
@@ -119,8 +125,8 @@ impl Pod {
         Ok(())
     }
 
-    /// The VM is what ends.
-    async fn kill_pause(&self, process: &Process, signal: u32) -> Result<(), TaskError> {
+    /// The VM is what ends. That is not waited for: containerd deletes what has exited, and a request that it still waits for then fails.
+    async fn kill_pause(self: &Arc<Self>, process: &Process, signal: u32) -> Result<(), TaskError> {
         let code = match signal {
             SIGINT | SIGTERM => 0,
             SIGKILL => EXIT_KILLED,
@@ -128,12 +134,13 @@ impl Pod {
         };
         self.stop_members().await;
         process.settle(Exit::now(code), &self.events);
-        self.stop_vm().await;
+        let pod = self.clone();
+        tokio::spawn(async move { pod.stop_vm().await });
         Ok(())
     }
 
     /// Ends what still runs beside the container that stands for the pod.
-    pub(super) async fn stop_members(&self) {
+    pub(super) async fn stop_members(self: &Arc<Self>) {
         for container in self.all_containers() {
             if container.role != Role::Pause && container.init.exit().is_none() {
                 // What it leaves ends with the VM.
