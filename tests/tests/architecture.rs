@@ -121,7 +121,7 @@ fn every_story_that_the_readme_names_for_containerd_is_told() {
         // Also named in a list of checks, or else nothing tells it.
         assert_eq!(source.matches(&format!("fn {name}(")).count(), 1, "{row}");
         assert!(
-            source.matches(&format!("{name},")).count() + source.matches(&format!("[{name}]")).count() >= 1,
+            source.matches(&format!("{name},")).count() + source.matches(&format!("{name}]")).count() >= 1,
             "{row}"
         );
     }
