@@ -19,6 +19,9 @@ const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 const OUR_MEMORY: &str = "vmrun.memory-mib";
 const OUR_VCPUS: &str = "vmrun.vcpus";
+/// Those that are for users.
+#[cfg(any(test, fuzzing))]
+pub(crate) const OUR_ANNOTATIONS: [&str; 2] = [OUR_MEMORY, OUR_VCPUS];
 
 type Annotations = HashMap<String, String>;
 
