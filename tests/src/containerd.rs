@@ -139,6 +139,11 @@ impl Containerd {
         kill_process(pid, signal).expect("it runs");
     }
 
+    /// Does something in containerd's network namespace, on a thread of its own.
+    pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        self.room.inside(work)
+    }
+
     /// A command in this containerd's namespaces and cgroup, which finds its programs first.
     #[must_use]
     pub fn command(&self, program: &str, arguments: &[&str]) -> Command {

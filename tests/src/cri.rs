@@ -21,6 +21,10 @@ use tonic::{IntoRequest, Request, Status};
 use crate::becomes_true;
 use crate::containerd::{BUSYBOX, Containerd};
 
+mod channels;
+
+pub use channels::Channels;
+
 /// Longest wait for an answer: VMs start on an emulated host.
 const DEADLINE: Duration = Duration::from_secs(240);
 

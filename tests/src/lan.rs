@@ -5,7 +5,7 @@ use std::cell::Cell;
 use std::fs;
 use std::io::Write as _;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -66,6 +66,18 @@ impl Lan {
     pub fn expect_rules(&self) {
         self.used_rules.set(true);
     }
+}
+
+/// Does something in the network namespace at `path`, on a thread of its own. A socket that is made there stays there.
+pub(crate) fn in_network<T: Send>(path: &Path, work: impl FnOnce() -> T + Send) -> T {
+    let namespace = fs::File::open(path).expect("the namespace");
+    std::thread::scope(|scope| {
+        let entered = || {
+            setns(&namespace, CloneFlags::CLONE_NEWNET).expect("stories run as root");
+            work()
+        };
+        scope.spawn(entered).join().expect("it does not panic")
+    })
 }
 
 impl Drop for Lan {
@@ -175,14 +187,7 @@ impl Netns {
     /// # Panics
     /// When the work does.
     pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
-        let namespace = fs::File::open(self.path()).expect("the namespace");
-        std::thread::scope(|scope| {
-            let entered = || {
-                setns(&namespace, CloneFlags::CLONE_NEWNET).expect("stories run as root");
-                work()
-            };
-            scope.spawn(entered).join().expect("it does not panic")
-        })
+        in_network(&self.path(), work)
     }
 
     /// Queues and filters that are not there by default.
@@ -286,7 +291,7 @@ impl Drop for Attachment {
 
 /// The `bridge` plugin with `host-local`: pods of one bridge, 10.88.0.0/24 and fd88::/64, the host at `.1` and `::1`.
 #[must_use]
-pub fn bridge(state: &std::path::Path, mtu: u32) -> Value {
+pub fn bridge(state: &Path, mtu: u32) -> Value {
     json!({
         "cniVersion": "1.0.0", "name": "story", "type": "bridge", "bridge": "cni0",
         "isGateway": true, "ipMasq": false, "hairpinMode": true, "mtu": mtu,
@@ -296,11 +301,11 @@ pub fn bridge(state: &std::path::Path, mtu: u32) -> Value {
 
 /// The `ptp` plugin with `host-local`: a link of its own for each pod.
 #[must_use]
-pub fn ptp(state: &std::path::Path, mtu: u32) -> Value {
+pub fn ptp(state: &Path, mtu: u32) -> Value {
     json!({ "cniVersion": "1.0.0", "name": "story", "type": "ptp", "ipMasq": false, "mtu": mtu, "ipam": host_local(state) })
 }
 
-fn host_local(state: &std::path::Path) -> Value {
+fn host_local(state: &Path) -> Value {
     json!({
         "type": "host-local", "dataDir": state,
         "ranges": [[{ "subnet": "10.88.0.0/24" }], [{ "subnet": "fd88::/64" }]],

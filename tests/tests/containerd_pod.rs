@@ -108,6 +108,13 @@ fn a_pod_has_its_name_its_resolver_and_its_sysctls(containerd: &mut Containerd) 
         let resolver = cri.shell(&one, "cat /etc/resolv.conf").await;
         assert!(resolver.contains("nameserver 192.0.2.53") && resolver.contains("story.example.org"), "{resolver}");
         assert_eq!(cri.shell(&one, "cat /proc/sys/net/ipv4/ip_unprivileged_port_start").await, "80\n");
+        let script = "until stty size | grep 99; do sleep 0.2; done; read line; echo got $line";
+        let mut terminal = cri.exec_on_terminal(containerd, &one, &["sh", "-c", script]).await;
+        terminal.send(4, br#"{"Width": 99, "Height": 33}"#);
+        terminal.send(0, b"hello\n");
+        let output = terminal.receive_until(1, "got hello");
+        assert!(output.contains("33 99"), "{output}");
+        assert!(terminal.receive_until(3, "}").contains("Success"), "its exit status is told");
         let resources = LinuxContainerResources { memory_limit_in_bytes: 100 << 20, ..Default::default() };
         cri.update(&one, resources).await.expect("updated");
         assert_eq!(cri.shell(&one, "cat /sys/fs/cgroup/memory.max").await, format!("{}\n", 100 << 20));
@@ -342,6 +349,11 @@ fn ten_containers_of_a_pod_are_one_vm(containerd: &mut Containerd) {
     });
 }
 
+fn has_open(pid: u32, path: &str) -> bool {
+    let fds = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    fds.filter_map(|fd| fs::read_link(fd.path()).ok()).any(|target| target == Path::new(path))
+}
+
 fn pods_have_the_network_of_cni(containerd: &mut Containerd) {
     let in_room = |script: &str| outcome(containerd.command("sh", &["-c", script]));
     containerd.block_on(async {
@@ -359,7 +371,14 @@ fn pods_have_the_network_of_cni(containerd: &mut Containerd) {
         let own = cri.shell(&web, "ip addr show eth0; ip route").await;
         assert!(own.contains(&format!("inet {v4}/16")) && own.contains(&format!("inet6 {v6}/64")), "{own}");
         assert!(own.contains("default via 10.88.0.1 dev eth0"), "{own}");
+        // One of the two by the host's kernel.
+        let drop_ins = containerd.path("etc-vmrun/config.d");
+        fs::create_dir(&drop_ins).expect("a folder");
+        fs::write(drop_ins.join("vhost.toml"), "[network]\nvhost = true\n").expect("a drop-in");
         let client = cri.run_pod(cri.pod_config("client"), handler()).await.expect("a pod");
+        fs::remove_dir_all(drop_ins).expect("removed");
+        let by_kernel = containerd.processes("vmm").into_iter().filter(|pid| has_open(*pid, "/dev/vhost-net")).count();
+        assert_eq!(by_kernel, usize::from(handler() == "vm"), "VMMs with vhost-net");
         let looker = cri.start(&client, container("looker", WAIT)).await.expect("started");
         for address in [v4.clone(), format!("[{v6}]")] {
             assert_eq!(in_room(&format!("{CURL} http://{address}/")).success(), "page of the pod\n");
@@ -368,6 +387,11 @@ fn pods_have_the_network_of_cni(containerd: &mut Containerd) {
         }
         // The port of the room, by the plugin `portmap`.
         assert_eq!(in_room(&format!("{CURL} http://10.88.0.1:8080/")).success(), "page of the pod\n");
+        let mut forwarded = cri.forward(containerd, &server, 80).await;
+        forwarded.send(0, b"GET / HTTP/1.0\r\n\r\n");
+        let answer = forwarded.receive_until(0, "page of the pod\n");
+        assert!(answer.starts_with("HTTP/1.0 200 OK") && answer.ends_with("page of the pod\n"), "{answer}");
+        assert_eq!(cri.forward(containerd, &server, 81).await.receive_until(0, "anything"), "");
         cri.remove_pod(&client).await.expect("removed");
         cri.remove_pod(&server).await.expect("removed");
     });

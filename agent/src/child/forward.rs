@@ -1,4 +1,4 @@
-//! The step that connects a stream of the host with a TCP port of a container's loopback interface.
+//! The step that connects a stream of the host with a TCP port of a loopback interface, of a container or of the VM.
 
 use std::fs::File;
 use std::io;

@@ -140,7 +140,7 @@ impl Sandbox {
     }
 }
 
-fn done<T>(joined: Result<Result<T, NetworkError>, JoinError>) -> Result<T, NetworkError> {
+pub(crate) fn done<T>(joined: Result<Result<T, NetworkError>, JoinError>) -> Result<T, NetworkError> {
     let panicked = |error: JoinError| NetworkError::Host {
         action: "work in the network namespace".to_owned(),
         source: std::io::Error::other(error),

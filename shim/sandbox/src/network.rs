@@ -18,6 +18,7 @@ use crate::message::SetNetworkRequest;
 
 mod counters;
 mod facts;
+pub(crate) mod loopback;
 pub mod netns;
 pub mod pod;
 mod redirect;

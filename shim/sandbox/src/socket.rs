@@ -7,7 +7,6 @@ use std::sync::Arc;
 
 use agent_api::message::{AcceptSocketRequest, ListenSocketRequest, Ownership};
 use oci_spec::runtime::Spec;
-use tokio::io::copy_bidirectional;
 use tokio::net::UnixStream;
 use tokio::sync::Semaphore;
 
@@ -67,18 +66,15 @@ impl Sandbox {
     }
 }
 
-async fn connect(mut call: StreamCall, host_path: &Path) {
-    match UnixStream::connect(host_path).await {
-        Ok(mut server) => {
-            // One that breaks is an end like others: the other side sees it.
-            let _ = copy_bidirectional(&mut call.stream, &mut server).await;
-        }
+async fn connect(call: StreamCall, host_path: &Path) {
+    // However it ends, each side sees it.
+    let _ = match UnixStream::connect(host_path).await {
+        Ok(mut server) => call.carry(&mut server).await,
         Err(error) => {
-            tracing::warn!(%error, path = %host_path.display(), "a socket of the host cannot be connected to")
+            tracing::warn!(%error, path = %host_path.display(), "a socket of the host cannot be connected to");
+            call.done().await
         }
-    }
-    // The guest's side ends with the stream.
-    let _ = call.done().await;
+    };
 }
 
 #[cfg(test)]

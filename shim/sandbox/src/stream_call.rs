@@ -1,5 +1,6 @@
 //! A call to the agent with a byte stream beside it.
 
+use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional};
 use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
 
@@ -15,6 +16,28 @@ pub struct StreamCall {
 }
 
 impl StreamCall {
+    /// Carries bytes both ways until both sides have ended theirs, or the agent says that it cannot.
+    ///
+    /// # Errors
+    /// What the agent says, or that it no longer answers.
+    pub async fn carry(mut self, peer: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> Result<(), CallError> {
+        {
+            let copied = copy_bidirectional(&mut self.stream, peer);
+            tokio::pin!(copied);
+            tokio::select! {
+                // A side that breaks is an end like others: the other one sees it.
+                _ = &mut copied => {}
+                answer = &mut self.done => {
+                    joined(self.call, answer)?;
+                    // The last bytes of the guest.
+                    let _ = copied.await;
+                    return Ok(());
+                }
+            }
+        }
+        self.done().await
+    }
+
     /// Waits for the agent's answer.
     ///
     /// # Errors

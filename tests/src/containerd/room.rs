@@ -13,6 +13,7 @@ use std::time::Duration;
 use tempfile::TempDir;
 
 use crate::eventually;
+use crate::lan::in_network;
 
 /// Makes the room's mounts and its loopback device, says so, and holds the namespaces until its stdin ends.
 const HOLD: &str = r#"
@@ -98,6 +99,11 @@ impl Room {
         }
         command.args(["--", "sh", "-c", ENTER]).arg(&self.cgroup).arg(program).args(arguments).stdin(Stdio::null());
         command
+    }
+
+    /// Does something in the room's network.
+    pub(super) fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        in_network(Path::new(&format!("/proc/{}/ns/net", self.holder.id())), work)
     }
 
     /// The processes in the room's cgroup and in those of its containers: containerd, shims, VMMs, `ctr`.
