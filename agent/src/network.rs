@@ -115,6 +115,7 @@ async fn set_interface(handle: &Handle, interface: &Interface) -> Done {
         }
         rename(handle, index, interface.name.clone(), wanted).await?;
     }
+    trust_link_local(&interface.name)?;
     let mut up = LinkUnspec::new_with_index(index).up();
     if interface.mtu > 0 {
         up = up.mtu(interface.mtu);
@@ -133,6 +134,16 @@ async fn set_interface(handle: &Handle, interface: &Interface) -> Done {
         add.execute().await.map_err(failed("add the address", text))?;
     }
     Ok(())
+}
+
+/// Lets an interface have its link-local address at once (RFC 4862, 5.1: `DupAddrDetectTransmits` 0), which is made of a hardware
+/// address that is the guest's alone. Until it has one, passt does not know where to send what comes from the host's ::1.
+fn trust_link_local(name: &str) -> Done {
+    match fs::write(format!("/proc/sys/net/ipv6/conf/{name}/accept_dad"), "0") {
+        // The guest has no IPv6, or the interface has another name.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        written => written.map_err(|source| NetworkError::Io { action: "trust a link-local address", source }),
+    }
 }
 
 async fn rename(handle: &Handle, index: u32, name: String, wanted: &str) -> Done {

@@ -104,10 +104,11 @@ impl Drop for Lan {
             links.lines().filter(|line| !line.contains(": lo:") && !line.contains("bridge")).collect();
         assert!(left.iter().all(|line| is_known(line)), "interfaces left behind: {left:?}");
         if self.used_rules.get() {
-            let rules = outcome(Command::new("iptables-save")).stdout;
+            let rules =
+                ["iptables-save", "ip6tables-save"].map(|program| outcome(Command::new(program)).stdout).concat();
             // The plugins keep their chains, and the jumps to them.
-            let left: Vec<&str> =
-                rules.lines().filter(|rule| ["-j DNAT", "-s 10."].iter().any(|kind| rule.contains(kind))).collect();
+            let kinds = ["-j DNAT", "-s 10.", "-s fd"];
+            let left: Vec<&str> = rules.lines().filter(|rule| kinds.iter().any(|kind| rule.contains(kind))).collect();
             assert!(left.is_empty(), "rules left behind: {left:?}");
         }
     }

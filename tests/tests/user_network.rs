@@ -115,6 +115,30 @@ fn ports_of_the_host_carry_udp_and_listen_where_they_were_told() {
     assert_eq!(python.end(), 0);
 }
 
+#[test]
+fn a_port_at_the_loopback_of_ipv6_and_a_name_server_of_ipv6_are_used_where_they_are_named() {
+    let story = Story::new();
+    let lan = Lan::enter();
+    let outside = lan.outside();
+    let names = outside.inside(|| UdpSocket::bind("[fd99::1]:53")).expect("bound");
+    let _dns = Dns::serve(names, "192.0.2.1".parse().expect("v4"), "fd99::1".parse().expect("v6"));
+    let mut python = Python::start(&story, &["-p", "[::1]:8443:443", "--dns", "fd99::1"]);
+    python.exec("import socket; l = socket.create_server(('::', 443), family=socket.AF_INET6); l.settimeout(60)");
+    let mut stream = TcpStream::connect("[::1]:8443").expect("connected");
+    stream.write_all(b"word").expect("sent");
+    assert_eq!(python.eval("(c := l.accept()[0]).recv(4)"), "b'word'");
+    assert_eq!(python.exec("c.sendall(b'secret'); c.close()"), "None");
+    let mut text = String::new();
+    stream.read_to_string(&mut text).expect("text");
+    assert_eq!(text, "secret");
+    TcpStream::connect("127.0.0.1:8443").expect_err("only IPv6 was asked for");
+    TcpStream::connect("[fd99::2]:8443").expect_err("only loopback was asked for");
+    assert_eq!(python.eval("open('/etc/resolv.conf').read()"), "nameserver fd99::1");
+    let found = python.eval("sorted({one[4][0] for one in socket.getaddrinfo('story.example', 80)})");
+    assert_eq!(found, "['192.0.2.1', 'fd99::1']");
+    assert_eq!(python.end(), 0);
+}
+
 /// Sends the first segment of a TCP connection (RFC 9293) to an address that the guest's kernel would not send to.
 const FORGE: &str = r#"
 import socket, struct
@@ -219,10 +243,80 @@ fn containers_on_the_bridge_reach_each_other_and_the_outside_and_are_reached_at_
     kill_owner(&story, "web");
     assert_eq!(story.call(&["gc"]).success(), "web\n");
     assert_ne!(outside.run(&curl("192.0.2.2:8080")).code, 0, "nobody is there");
+    assert!(given_addresses("web").is_empty(), "they are given back");
+}
+
+/// Addresses that a container has of the bridge's, as the plugin writes them down for all of a host.
+fn given_addresses(container: &str) -> Vec<String> {
     let given = fs::read_dir("/var/lib/cni/networks/vmrun").expect("the plugin's folder").flatten();
-    let names = given.map(|entry| entry.file_name().to_string_lossy().into_owned());
-    let left: Vec<_> = names.filter(|name| name.starts_with("10.")).collect();
-    assert!(left.is_empty(), "addresses are still given: {left:?}");
+    let owner = format!("{container}.");
+    let owned = given.filter(|entry| fs::read_to_string(entry.path()).is_ok_and(|text| text.starts_with(&owner)));
+    owned.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+}
+
+#[test]
+fn containers_on_the_bridge_have_ipv6_and_are_reached_over_it_at_ports_of_the_host() {
+    let story = Story::new();
+    let lan = Lan::enter();
+    lan.expect_rules();
+    let outside = lan.outside();
+    let listener = outside.inside(|| TcpListener::bind("[fd99::1]:80")).expect("bound");
+    let options = ["--network", "bridge", "--ip6", "fd00:214::7", "-p", "8080:80", "-p", "[fd99::2]:8081:80"];
+    story.detach("web6", &options, &["httpd", "-f", "-p", "80", "-h", "/etc"]);
+    let curl = |url: &str| format!("curl --silent --show-error --max-time 60 'http://{url}/passwd'");
+    let here = |url: &str| {
+        let mut command = Command::new("sh");
+        command.args(["-c", &curl(url)]);
+        outcome(command)
+    };
+    eventually(DEADLINE, "the server listens", || here("[fd00:214::7]").code == 0);
+    for url in ["[fd99::2]:8080", "[fd99::2]:8081", "[fd00:214::1]:8080", "127.0.0.1:8080", "localhost:8080"] {
+        assert!(here(url).success().starts_with("root:"), "{url}");
+    }
+    for url in ["[fd99::2]:8080", "[fd99::2]:8081", "192.0.2.2:8080"] {
+        assert!(outside.run(&curl(url)).success().starts_with("root:"), "{url}");
+    }
+    // Nothing leads on from there; what does not wait can try 127.0.0.1.
+    assert_eq!(here("[::1]:8080").code, 7, "the connection is refused");
+    for held in ["[fd99::2]:8080", "[fd99::2]:8081"] {
+        TcpListener::bind(held).expect_err("the port is the container's");
+    }
+    let script = "cat /etc/hosts; for at in 10.214.0.1 fd00:214::1; do ping -c 1 -W 30 $at || exit; done; \
+        wget -q -O - 'http://[fd00:214::7]/passwd'; nc -w 60 fd99::1 80 </dev/null";
+    let greeter = std::thread::spawn(move || {
+        let (mut connection, from) = listener.accept().expect("a connection");
+        connection.write_all(b"greetings").expect("sent");
+        from.ip().to_string()
+    });
+    let options = ["--network", "bridge", "--cap-add", "NET_RAW", "--hostname", "other"];
+    let other = story.run(&options, &["sh", "-c", script]);
+    let named: Vec<&str> = other.success().lines().filter_map(|line| line.strip_suffix("\tother")).collect();
+    assert!(named.len() == 2 && named[0].starts_with("10.214."), "{other:?}");
+    assert!(named[1].starts_with("fd00:214::"), "{other:?}");
+    assert!(other.stdout.contains("\nroot:") && other.stdout.ends_with("greetings"), "{other:?}");
+    assert_eq!(greeter.join().expect("no panic"), "fd99::2", "the host's address stands for the container's");
+    let address = story.run(&["--network", "bridge", "--ip6", "fd00:214::7"], &["true"]);
+    assert!(address.stderr.contains("the CNI plugin bridge refused ADD") && address.code == 125, "{address:?}");
+    let loopback = story.run(&["--network", "bridge", "-p", "[::1]:8082:80"], &["true"]);
+    assert!(loopback.stderr.contains("use --network user") && loopback.code == 125, "{loopback:?}");
+    assert_eq!(given_addresses("web6").len(), 2);
+    assert_eq!(story.call(&["rm", "--force", "web6"]).code, 0);
+    assert_ne!(outside.run(&curl("[fd99::2]:8080")).code, 0, "nobody is there");
+    assert!(given_addresses("web6").is_empty(), "they are given back");
+}
+
+#[test]
+fn the_bridge_of_a_host_without_ipv6_has_ipv4_alone() {
+    let story = Story::new();
+    let lan = Lan::enter();
+    lan.expect_rules();
+    fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").expect("a sysctl of this namespace");
+    let script = "ip addr show eth0; cat /etc/hosts; ping -c 1 -W 30 10.214.0.1";
+    let done = story.run(&["--network", "bridge", "--cap-add", "NET_RAW"], &["sh", "-c", script]);
+    assert!(done.success().contains("inet 10.214.") && !done.stdout.contains("fd00:"), "{done:?}");
+    let refused = story.run(&["--network", "bridge", "-p", "[::]:8080:80"], &["true"]);
+    assert_eq!(refused.code, 125);
+    assert!(refused.stderr.contains("needs IPv6 on the bridge: the host has disabled it"), "{refused:?}");
 }
 
 /// Kills the process that owns a container, and waits until that is known.
@@ -267,6 +361,11 @@ fn what_cannot_be_had_is_refused_by_name() {
     assert!(ports.stderr.contains("--publish needs --network user or bridge"), "{ports:?}");
     let gateway = story.run(&["--ip", "10.0.0.1"], &["true"]);
     assert!(gateway.stderr.contains("the gateway's"), "{gateway:?}");
+    let ip6 = story.run(&["--network", "user", "--ip6", "fd00:214::7"], &["true"]);
+    assert!(ip6.stderr.contains("--ip6 needs --network bridge"), "{ip6:?}");
+    ip("-6 route del default");
+    let no_route = story.run(&["-p", "[::1]:8081:80"], &["true"]);
+    assert!(no_route.stderr.contains("cannot publish at [::1]:8081: passt carries IPv6 only"), "{no_route:?}");
 }
 
 #[test]

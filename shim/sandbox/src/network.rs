@@ -8,6 +8,7 @@
 //! Called by `vmrun` and by the containerd shim. Whatever it changes on the host is undone when the [`Network`] is dropped.
 
 use std::io;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
@@ -69,11 +70,16 @@ impl Network {
         self.guest.hosts = text;
     }
 
-    /// First address of the guest, without the length of its prefix.
+    /// Addresses of the guest, without the lengths of their prefixes.
+    pub fn addresses(&self) -> impl Iterator<Item = &str> {
+        let addresses = self.guest.interfaces.iter().flat_map(|interface| &interface.addresses);
+        addresses.map(|address| address.split('/').next().unwrap_or(address))
+    }
+
+    /// The first of them.
     #[must_use]
     pub fn first_address(&self) -> Option<&str> {
-        let addresses = self.guest.interfaces.iter().flat_map(|interface| &interface.addresses);
-        addresses.map(|address| address.split('/').next().unwrap_or(address)).next()
+        self.addresses().next()
     }
 }
 
@@ -146,6 +152,12 @@ pub enum NetworkError {
     /// User mode needs a program.
     #[error("user-mode networking needs the program `passt`: install the package passt, or use --network none")]
     NoPasst,
+    /// A port is published at an address of a family that passt does not carry here.
+    #[error("cannot publish at {address}: passt carries IPv6 only where the host has a default route of it")]
+    NoIpv6 {
+        /// Address and port of the host.
+        address: SocketAddr,
+    },
     /// The program refused its work.
     #[error("passt did not start: {said}")]
     Passt {
@@ -168,6 +180,6 @@ impl NetworkError {
 
 /// The text of a `resolv.conf` with these name servers (resolv.conf(5)).
 #[must_use]
-pub fn resolv_conf(servers: &[std::net::IpAddr]) -> String {
+pub fn resolv_conf(servers: &[IpAddr]) -> String {
     servers.iter().map(|server| format!("nameserver {server}\n")).collect()
 }

@@ -1,6 +1,6 @@
 //! The command line: Docker's names where Docker has them.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use sandbox::state::Protection;
 use crate::image::{OpenOptions, PullPolicy};
 use crate::install::{InstallTarget, UninstallTarget};
 use crate::log::Limits;
-use crate::network::{NetworkMode, parse_dns, parse_host, parse_ip, parse_port};
+use crate::network::{NetworkMode, parse_dns, parse_host, parse_ip, parse_ip6, parse_port};
 use crate::port_forward::{Ports, parse_ports};
 
 /// Run OCI containers, each in its own microVM.
@@ -287,7 +287,7 @@ pub(crate) struct RunArgs {
     /// Let the host's kernel carry the frames, without the VMM's checks: for --network bridge and netns:PATH.
     #[arg(long)]
     pub(crate) vhost_net: bool,
-    /// Let a port of the host reach one of the container.
+    /// Let a port of the host reach one of the container; an IP of IPv6 is written as [::1].
     #[arg(short, long, value_name = "[IP:]HOST:GUEST[/udp]", value_parser = parse_port)]
     pub(crate) publish: Vec<PortForward>,
     /// Name server of the container, instead of the host's.
@@ -299,6 +299,9 @@ pub(crate) struct RunArgs {
     /// IPv4 address of the container.
     #[arg(long, value_name = "ADDRESS", value_parser = parse_ip)]
     pub(crate) ip: Option<Ipv4Addr>,
+    /// IPv6 address of the container: for --network bridge.
+    #[arg(long, value_name = "ADDRESS", value_parser = parse_ip6)]
+    pub(crate) ip6: Option<Ipv6Addr>,
     /// Print the stages of the start with their times on standard error.
     #[arg(long)]
     pub(crate) timing: bool,

@@ -1,8 +1,8 @@
-//! `--network`, `--publish`, `--dns`, `--add-host` and `--ip`: which network a container's VM gets, and the files that tell
-//! the container of it.
+//! `--network`, `--publish`, `--dns`, `--add-host`, `--ip` and `--ip6`: which network a container's VM gets, and the files that
+//! tell the container of it.
 
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -93,7 +93,8 @@ pub(crate) fn create(args: &RunArgs, vcpus: u8, data_dir: &Path) -> Result<Netwo
             join(path, &args.dns, vcpus, args.vhost_net)
         }
         NetworkMode::Bridge => {
-            let wired = bridge::create(data_dir, args.ip, &args.publish).context("cannot make the network")?;
+            let wishes = bridge::Wishes { ip: args.ip, ip6: args.ip6, published: &args.publish };
+            let wired = bridge::create(data_dir, &wishes).context("cannot make the network")?;
             let servers = if args.dns.is_empty() { host_servers() } else { args.dns.clone() };
             let mut network = join(&wired.netns, &servers, vcpus, args.vhost_net)?;
             network.hold(wired.ports);
@@ -106,6 +107,7 @@ pub(crate) fn create(args: &RunArgs, vcpus: u8, data_dir: &Path) -> Result<Netwo
         }
         NetworkMode::User => {
             refuse_vhost(args)?;
+            refuse_ip6(args, "in user mode each guest has the same address of IPv6")?;
             user::start(&user_options(args)?).context("cannot make the network")
         }
     }
@@ -146,8 +148,15 @@ fn refuse_ports(args: &RunArgs, why: &str) -> Result<()> {
     match (args.publish.is_empty(), args.ip) {
         (false, _) => bail!("--publish needs --network user or bridge: {why}"),
         (_, Some(_)) => bail!("--ip needs --network user or bridge: {why}"),
-        _ => Ok(()),
+        _ => refuse_ip6(args, why),
     }
+}
+
+fn refuse_ip6(args: &RunArgs, why: &str) -> Result<()> {
+    if args.ip6.is_some() {
+        bail!("--ip6 needs --network bridge: {why}");
+    }
+    Ok(())
 }
 
 fn user_options(args: &RunArgs) -> Result<UserOptions> {
@@ -160,7 +169,7 @@ fn user_options(args: &RunArgs) -> Result<UserOptions> {
 /// Tells the container of its network by `/etc/hosts` and `/etc/resolv.conf`, unless it brings its own.
 pub(crate) fn tell(args: &RunArgs, name: &str, network: &mut Network, spec: &mut Spec, tree: &OwnedFd) {
     let hostname = args.hostname.as_deref().unwrap_or(name);
-    network.set_hosts(hosts(hostname, network.first_address(), &args.add_host));
+    network.set_hosts(hosts(hostname, network.addresses(), &args.add_host));
     let mut files = vec![GuestFile::Hosts];
     if !network.resolv_conf().is_empty() {
         files.push(GuestFile::ResolvConf);
@@ -174,19 +183,30 @@ pub(crate) fn tell(args: &RunArgs, name: &str, network: &mut Network, spec: &mut
     }
 }
 
-fn hosts(hostname: &str, address: Option<&str>, added: &[(String, IpAddr)]) -> String {
+/// The text of `/etc/hosts`, which names the container by each of its addresses.
+fn hosts<'a>(hostname: &str, addresses: impl Iterator<Item = &'a str>, added: &[(String, IpAddr)]) -> String {
     let mut text = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n".to_owned();
-    let own = address.map_or_else(|| Ipv4Addr::LOCALHOST.to_string(), str::to_owned);
     for (name, address) in added {
         text.push_str(&format!("{address}\t{name}\n"));
     }
-    text.push_str(&format!("{own}\t{hostname}\n"));
+    let mut addresses = addresses.peekable();
+    if addresses.peek().is_none() {
+        text.push_str(&format!("{}\t{hostname}\n", Ipv4Addr::LOCALHOST));
+    }
+    for own in addresses {
+        text.push_str(&format!("{own}\t{hostname}\n"));
+    }
     text
 }
 
 /// Reads an address for `--ip`.
 pub(crate) fn parse_ip(text: &str) -> Result<Ipv4Addr, String> {
     text.parse().map_err(|_| format!("{text:?} is not an IPv4 address"))
+}
+
+/// Reads an address for `--ip6`.
+pub(crate) fn parse_ip6(text: &str) -> Result<Ipv6Addr, String> {
+    text.parse().map_err(|_| format!("{text:?} is not an IPv6 address"))
 }
 
 /// The address of a name server.
@@ -196,6 +216,8 @@ pub(crate) fn parse_dns(text: &str) -> Result<IpAddr, String> {
 
 #[cfg(test)]
 mod tests {
+    use std::iter;
+
     use super::*;
 
     #[test]
@@ -208,7 +230,9 @@ mod tests {
         assert_eq!(parse_port("127.0.0.1:8080:80/udp"), Ok(local));
         let v6 = PortForward { host_address: Some("::1".parse().expect("v6")), ..tcp };
         assert_eq!(parse_port("[::1]:8080:80"), Ok(v6));
-        for bad in ["", "x", "80:x", "0:80", "70000:80", "8080:80/sctp", "a:8080:80"] {
+        let everywhere = PortForward { host_address: Some("::".parse().expect("v6")), udp: true, ..tcp };
+        assert_eq!(parse_port("[::]:8080:80/udp"), Ok(everywhere));
+        for bad in ["", "x", "80:x", "0:80", "70000:80", "8080:80/sctp", "a:8080:80", "[::g]:8080:80"] {
             assert!(parse_port(bad).is_err(), "{bad}");
         }
     }
@@ -232,8 +256,9 @@ mod tests {
     #[test]
     fn hosts_name_the_container_and_what_was_added() {
         let added = [parse_host("db:10.0.0.9").expect("a host"), parse_host("six:[fd00::1]").expect("a host")];
-        let text = hosts("box", Some("10.213.0.2"), &added);
-        assert!(text.contains("\n10.0.0.9\tdb\nfd00::1\tsix\n10.213.0.2\tbox\n"), "{text}");
+        let text = hosts("box", ["10.214.0.2", "fd00:214::2"].into_iter(), &added);
+        assert!(text.ends_with("\n10.0.0.9\tdb\nfd00::1\tsix\n10.214.0.2\tbox\nfd00:214::2\tbox\n"), "{text}");
+        assert!(hosts("box", iter::empty(), &[]).ends_with("\n127.0.0.1\tbox\n"));
         assert!(parse_host("db").is_err() && parse_host(":10.0.0.1").is_err());
     }
 }

@@ -6,7 +6,7 @@
 use std::env;
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
@@ -91,13 +91,16 @@ pub fn find_passt() -> Option<PathBuf> {
 /// Starts passt and waits until it carries frames and listens at every port. Blocks for some milliseconds.
 ///
 /// # Errors
-/// [`NetworkError::NoPasst`], [`NetworkError::Passt`] and [`NetworkError::Host`].
+/// [`NetworkError::NoPasst`], [`NetworkError::NoIpv6`], [`NetworkError::Passt`] and [`NetworkError::Host`].
 pub fn start(options: &UserOptions) -> Result<Network, NetworkError> {
     let program = find_passt().ok_or(NetworkError::NoPasst)?;
     let mac = random_mac()?;
-    let (mut ours, theirs) = UnixStream::pair().map_err(NetworkError::host("make a socket for passt"))?;
     let address = options.address.unwrap_or(DEFAULT_ADDRESS);
     let has_v6 = netns::stay(async |handle| facts::has_ipv6_route(&handle).await)?;
+    if !has_v6 {
+        refuse_v6(&options.ports)?;
+    }
+    let (mut ours, theirs) = UnixStream::pair().map_err(NetworkError::host("make a socket for passt"))?;
     let mut words = words_file().map_err(NetworkError::host("make a file for the words of passt"))?;
     let child = spawn(&program, arguments(options, address, has_v6), theirs.into(), &words)?;
     let passt = Passt(child);
@@ -167,6 +170,15 @@ fn arguments(options: &UserOptions, address: Ipv4Addr, has_v6: bool) -> Vec<Stri
     // frames for it end in the VMM.
     words.extend(["--no-dhcp", "--no-dhcpv6", "--no-ra", "--no-map-gw"].map(str::to_owned));
     words
+}
+
+/// Otherwise passt would say only that it cannot listen there.
+fn refuse_v6(ports: &[PortForward]) -> Result<(), NetworkError> {
+    let listens = |port: &PortForward| Some(SocketAddr::new(port.host_address?, port.host_port));
+    match ports.iter().filter_map(listens).find(SocketAddr::is_ipv6) {
+        Some(address) => Err(NetworkError::NoIpv6 { address }),
+        None => Ok(()),
+    }
 }
 
 fn port_spec(port: &PortForward) -> String {
@@ -266,9 +278,22 @@ mod tests {
         let words = arguments(&options, DEFAULT_ADDRESS, false).join(" ");
         assert!(words.contains("--tcp-ports 0.0.0.0/8080:80") && words.contains("--ipv4-only"), "{words}");
         assert!(words.contains("--udp-ports 127.0.0.1/53:53"), "{words}");
+        let at_loopback = PortForward { host_address: Some(Ipv6Addr::LOCALHOST.into()), ..tcp };
+        let options = UserOptions { ports: vec![tcp, at_loopback], ..Default::default() };
+        let words = arguments(&options, DEFAULT_ADDRESS, true).join(" ");
+        assert!(words.contains("--tcp-ports 0.0.0.0/8080:80 --tcp-ports ::1/8080:80"), "{words}");
         let words = arguments(&UserOptions::default(), DEFAULT_ADDRESS, true).join(" ");
         assert!(words.contains("--tcp-ports none --udp-ports none") && words.contains("--no-map-gw"), "{words}");
         assert!(words.contains("--gateway fd00:213::1") && !words.contains("--ipv4-only"), "{words}");
+    }
+
+    #[test]
+    fn ports_of_ipv6_are_refused_where_there_is_none() {
+        let port = PortForward { host_address: None, host_port: 8080, guest_port: 80, udp: false };
+        let at_loopback = PortForward { host_address: Some(Ipv6Addr::LOCALHOST.into()), ..port };
+        refuse_v6(&[port]).expect("it is one of IPv4");
+        let refused = refuse_v6(&[port, at_loopback]).expect_err("refused").to_string();
+        assert!(refused.starts_with("cannot publish at [::1]:8080: "), "{refused}");
     }
 
     #[test]
@@ -289,7 +314,8 @@ mod tests {
         assert_eq!((told.routes[1].destination.as_str(), told.routes[1].gateway.as_str()), ("::/0", "fd00:213::1"));
         assert_eq!(told.routes[0].gateway, "10.213.0.1");
         assert_eq!(told.resolv_conf, "nameserver 10.213.0.3\n");
-        let told = guest(&device, DEFAULT_ADDRESS, &["1.1.1.1".parse().expect("an address")]);
-        assert_eq!(told.resolv_conf, "nameserver 1.1.1.1\n");
+        let servers = ["1.1.1.1", "fd99::53"].map(|server| server.parse::<IpAddr>().expect("an address"));
+        let told = guest(&device, DEFAULT_ADDRESS, &servers);
+        assert_eq!(told.resolv_conf, "nameserver 1.1.1.1\nnameserver fd99::53\n");
     }
 }

@@ -9,7 +9,7 @@
 
 use std::fs;
 use std::io::{self, ErrorKind, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -19,6 +19,10 @@ use sandbox::network::netns;
 use sandbox::network::user::PortForward;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use tracing::info;
+
+mod ipv6;
+mod ports;
 
 /// Where the authors of the plugins and the distributions have them.
 const PLUGIN_DIRS: [&str; 3] = ["/opt/cni/bin", "/usr/lib/cni", "/usr/libexec/cni"];
@@ -28,7 +32,17 @@ const NETWORK: &str = "vmrun";
 const BRIDGE: &str = "vmrun0";
 const SUBNET: &str = "10.214.0.0/16";
 const PREFIX_LEN: u8 = 16;
+/// A unique local prefix (RFC 4193), chosen to be read as the network of IPv4.
+const SUBNET_V6: &str = "fd00:214::/64";
+const PREFIX_LEN_V6: u8 = 64;
 const INTERFACE: &str = "eth0";
+
+/// What a container wants of the bridge.
+pub(super) struct Wishes<'a> {
+    pub(super) ip: Option<Ipv4Addr>,
+    pub(super) ip6: Option<Ipv6Addr>,
+    pub(super) published: &'a [PortForward],
+}
 
 /// A namespace on the bridge.
 pub(super) struct Wired {
@@ -47,14 +61,16 @@ struct Wiring {
 }
 
 /// Makes the namespace of the container with this data folder, and has it wired.
-pub(super) fn create(data_dir: &Path, ip: Option<Ipv4Addr>, published: &[PortForward]) -> Result<Wired> {
+pub(super) fn create(data_dir: &Path, wishes: &Wishes<'_>) -> Result<Wired> {
+    ports::refuse_loopback(wishes.published)?;
     let plugin_dir = plugin_dir()?;
-    let ports = published.iter().map(reserve).collect::<Result<Vec<_>>>()?;
+    let has_ipv6 = has_ipv6(wishes)?;
+    let ports = ports::hold(wishes.published, has_ipv6)?;
     let folder = folder(data_dir);
     let netns = folder.join("netns");
     let container_id = data_dir.file_name().context("a data folder has a name")?.to_string_lossy().into_owned();
-    let mut wiring =
-        Wiring { container_id, plugin_dir, configurations: configurations(ip, published), result: Value::Null };
+    let configurations = configurations(wishes, has_ipv6);
+    let mut wiring = Wiring { container_id, plugin_dir, configurations, result: Value::Null };
     fs::create_dir(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     wiring.write(&folder)?;
     netns::create(&netns)?;
@@ -63,6 +79,7 @@ pub(super) fn create(data_dir: &Path, ip: Option<Ipv4Addr>, published: &[PortFor
         wiring.result = serde_json::from_slice(&answer).context("a CNI plugin answered something else than JSON")?;
     }
     wiring.write(&folder)?;
+    ports::leave_loopback(&ports, BRIDGE)?;
     Ok(Wired { netns, ports })
 }
 
@@ -101,19 +118,22 @@ fn plugin_dir() -> Result<PathBuf> {
     })
 }
 
-/// Takes a port of the host, so that nobody else thinks that it is free.
-fn reserve(port: &PortForward) -> Result<OwnedFd> {
-    let address = SocketAddr::new(port.host_address.unwrap_or(Ipv4Addr::UNSPECIFIED.into()), port.host_port);
-    if address.is_ipv6() {
-        bail!("--publish: the bridge has no IPv6, so {address} cannot lead there");
+/// Whether the host can give the container IPv6, which one that names an address of it does not do without.
+fn has_ipv6(wishes: &Wishes<'_>) -> Result<bool> {
+    let Err(why) = ipv6::look(BRIDGE) else { return Ok(true) };
+    let named = wishes.published.iter().filter_map(|port| port.host_address).find(IpAddr::is_ipv6);
+    match (wishes.ip6, named) {
+        (Some(address), _) => Err(why).with_context(|| format!("--ip6 {address} needs IPv6 on the bridge")),
+        (_, Some(address)) => Err(why).with_context(|| format!("--publish at {address} needs IPv6 on the bridge")),
+        (None, None) => {
+            info!(%why, "the bridge has no IPv6");
+            Ok(false)
+        }
     }
-    let taken =
-        if port.udp { UdpSocket::bind(address).map(Into::into) } else { TcpListener::bind(address).map(Into::into) };
-    taken.with_context(|| format!("--publish: cannot take {address}"))
 }
 
 /// Configurations of the plugins, in the order of their ADD.
-fn configurations(ip: Option<Ipv4Addr>, published: &[PortForward]) -> Vec<Value> {
+fn configurations(wishes: &Wishes<'_>, has_ipv6: bool) -> Vec<Value> {
     let plugin = |kind: &str, settings: Value| {
         let mut configuration = json!({ "cniVersion": CNI_VERSION, "name": NETWORK, "type": kind });
         if let (Some(all), Value::Object(settings)) = (configuration.as_object_mut(), settings) {
@@ -121,23 +141,33 @@ fn configurations(ip: Option<Ipv4Addr>, published: &[PortForward]) -> Vec<Value>
         }
         configuration
     };
-    let ips: Vec<String> = ip.iter().map(|ip| format!("{ip}/{PREFIX_LEN}")).collect();
+    let mut ips: Vec<String> = wishes.ip.iter().map(|ip| format!("{ip}/{PREFIX_LEN}")).collect();
+    let mut ranges = vec![json!([{ "subnet": SUBNET }])];
+    let mut routes = vec![json!({ "dst": "0.0.0.0/0" })];
+    if has_ipv6 {
+        ips.extend(wishes.ip6.iter().map(|ip6| format!("{ip6}/{PREFIX_LEN_V6}")));
+        ranges.push(json!([{ "subnet": SUBNET_V6 }]));
+        routes.push(json!({ "dst": "::/0" }));
+    }
     let mut all = vec![
         plugin(
             "bridge",
             json!({
                 "bridge": BRIDGE, "isGateway": true, "ipMasq": true, "hairpinMode": true,
-                "ipam": {
-                    "type": "host-local", "ranges": [[{ "subnet": SUBNET }]], "routes": [{ "dst": "0.0.0.0/0" }],
-                },
+                "ipam": { "type": "host-local", "ranges": ranges, "routes": routes },
                 "runtimeConfig": { "ips": ips },
             }),
         ),
         plugin("firewall", json!({})),
     ];
-    if !published.is_empty() {
-        let mappings: Vec<Value> = published.iter().map(mapping).collect();
-        all.push(plugin("portmap", json!({ "runtimeConfig": { "portMappings": mappings } })));
+    if !wishes.published.is_empty() {
+        let mappings: Vec<Value> = wishes.published.iter().map(mapping).collect();
+        let mut settings = json!({ "runtimeConfig": { "portMappings": mappings } });
+        if has_ipv6 {
+            // What is sent to ::1 comes from there, and nobody's answer finds the way back.
+            settings["conditionsV6"] = json!(["!", "-d", "::1"]);
+        }
+        all.push(plugin("portmap", settings));
     }
     all
 }
@@ -207,31 +237,38 @@ mod tests {
     fn plugins_are_told_of_addresses_and_ports() {
         let port = PortForward { host_address: None, host_port: 8080, guest_port: 80, udp: false };
         let local = PortForward { host_address: Some("127.0.0.1".parse().expect("v4")), udp: true, ..port };
-        let all = configurations(Some("10.214.0.9".parse().expect("v4")), &[port, local]);
+        let (ip, ip6) = ("10.214.0.9".parse().expect("v4"), "fd00:214::9".parse().expect("v6"));
+        let all = configurations(&Wishes { ip: Some(ip), ip6: Some(ip6), published: &[port, local] }, true);
         let kinds: Vec<_> = all.iter().map(|plugin| plugin["type"].as_str().expect("a type")).collect();
         assert_eq!(kinds, ["bridge", "firewall", "portmap"]);
-        assert_eq!(all[0]["runtimeConfig"]["ips"], json!(["10.214.0.9/16"]));
+        assert_eq!(all[0]["runtimeConfig"]["ips"], json!(["10.214.0.9/16", "fd00:214::9/64"]));
         let tcp = json!({ "hostPort": 8080, "containerPort": 80, "protocol": "tcp" });
         let udp = json!({ "hostPort": 8080, "containerPort": 80, "protocol": "udp", "hostIP": "127.0.0.1" });
         assert_eq!(all[2]["runtimeConfig"]["portMappings"], json!([tcp, udp]));
+        assert_eq!(all[2]["conditionsV6"], json!(["!", "-d", "::1"]));
         assert!(all.iter().all(|plugin| plugin["cniVersion"] == CNI_VERSION && plugin["name"] == NETWORK));
-        assert_eq!(configurations(None, &[]).len(), 2);
+    }
+
+    #[test]
+    fn a_host_without_ipv6_has_one_family() {
+        let wishes = Wishes { ip: None, ip6: None, published: &[] };
+        let [both, one] = [true, false].map(|has_ipv6| configurations(&wishes, has_ipv6));
+        assert_eq!((both.len(), one.len()), (2, 2));
+        assert_eq!(
+            both[0]["ipam"]["ranges"],
+            json!([[{ "subnet": "10.214.0.0/16" }], [{ "subnet": "fd00:214::/64" }]])
+        );
+        assert_eq!(both[0]["ipam"]["routes"], json!([{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }]));
+        assert_eq!(one[0]["ipam"]["ranges"], json!([[{ "subnet": "10.214.0.0/16" }]]));
+        assert_eq!(one[0]["ipam"]["routes"], json!([{ "dst": "0.0.0.0/0" }]));
+        let port = PortForward { host_address: None, host_port: 8080, guest_port: 80, udp: false };
+        let all = configurations(&Wishes { published: &[port], ..wishes }, false);
+        assert!(all[2].get("conditionsV6").is_none(), "{}", all[2]);
     }
 
     #[test]
     fn a_refusal_is_told_in_the_plugins_words() {
         assert_eq!(cause(br#"{"code": 999, "msg": "no address", "details": "all taken"}"#), "no address: all taken");
         assert_eq!(cause(b"panic"), "it does not say why");
-    }
-
-    #[test]
-    fn a_port_that_somebody_has_cannot_be_taken() {
-        let taken = TcpListener::bind("127.0.0.1:0").expect("bound");
-        let address = taken.local_addr().expect("an address");
-        let port =
-            PortForward { host_address: Some(address.ip()), host_port: address.port(), guest_port: 80, udp: false };
-        let refused = format!("{:#}", reserve(&port).expect_err("refused"));
-        assert!(refused.contains(&format!("cannot take {address}: Address already in use")), "{refused}");
-        assert!(reserve(&PortForward { host_address: Some("::1".parse().expect("v6")), ..port }).is_err());
     }
 }
