@@ -93,8 +93,11 @@ pub(crate) fn remove(data_dir: &Path) -> Result<()> {
     let netns = folder.join("netns");
     // What was killed while it wrote the first word had not wired anything.
     if let Ok(wiring) = serde_json::from_slice::<Wiring>(&text) {
-        let undone =
-            wiring.configurations.iter().rev().map(|plugin| wiring.call("DEL", &netns, plugin.clone()).map(drop));
+        let undone = wiring.configurations.iter().rev().map(|plugin| {
+            let undo = || wiring.call("DEL", &netns, plugin.clone()).map(drop);
+            // `bridge` misses rules that its ADD did not come to; with the interface gone it looks for none.
+            undo().or_else(|_| undo())
+        });
         // Each is told, whatever the others say.
         undone.fold(Ok(()), Result::and)?;
     }
