@@ -99,7 +99,7 @@ impl Sandbox {
     /// # Errors
     /// Each variant of [`ControlError`]; the share is gone then.
     pub async fn add_share(&self, tag: &str, tree: OwnedFd, cache: CachePolicy) -> Result<(), ControlError> {
-        let request = Request::AddShare { tag: tag.to_owned(), cache };
+        let request = Request::AddShare { tag: tag.to_owned(), cache, read_only: false };
         self.vmm.ask(&request, &[tree.as_fd()]).await?;
         if let Err(error) = self.agent.add_share(tag).await {
             // What failed is the guest's answer; that the VMM gives the device up as well changes nothing about it.

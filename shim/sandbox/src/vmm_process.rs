@@ -121,7 +121,7 @@ impl VmmProcess {
             shares: spawn
                 .shares
                 .into_iter()
-                .map(|(tag, root, cache)| ShareConfig { tag, root: passed.add(root), cache })
+                .map(|(tag, root, cache)| ShareConfig { tag, root: passed.add(root), cache, read_only: false })
                 .collect(),
             networks: spawn
                 .networks
