@@ -1,12 +1,12 @@
 //! One container of the pod: its processes, and what it was made from.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use sandbox::ProcessId;
-use sandbox::plan::{ShareTags, Volume};
+use sandbox::plan::{ShareTags, Volume, VolumeShare};
 use tokio::sync::watch;
 
 use crate::cri::Role;
@@ -109,12 +109,23 @@ impl Container {
 
     /// What it uses, so that nobody takes it away.
     pub(crate) fn set_volumes(&self, volumes: Vec<Volume>) {
-        *self.volumes.lock().unwrap_or_else(PoisonError::into_inner) = volumes;
+        *self.volumes() = volumes;
     }
 
     /// Whether it uses a volume.
     pub(crate) fn uses(&self, volume: &Volume) -> bool {
-        self.volumes.lock().unwrap_or_else(PoisonError::into_inner).contains(volume)
+        self.volumes().contains(volume)
+    }
+
+    /// Tags of the shares that it has brought, or would have: a volume may have been there already.
+    pub(crate) fn share_tags(&self) -> Vec<String> {
+        let shares: BTreeSet<VolumeShare> = self.volumes().iter().map(Volume::share).collect();
+        let of_volumes = shares.into_iter().map(|share| self.tags.of_volumes(share));
+        [self.tags.rootfs.clone()].into_iter().chain(of_volumes).collect()
+    }
+
+    fn volumes(&self) -> MutexGuard<'_, Vec<Volume>> {
+        self.volumes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn execs(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Process>>> {

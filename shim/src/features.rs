@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 /// Name of the features document (Features of the OCI runtime specification) as containerd's clients know it.
 const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 
-/// Mount options that a container's mounts may have.
+/// Mount options that a container's mounts may have. `rshared` is refused (`shim/sandbox/src/plan.rs`).
 const MOUNT_OPTIONS: [&str; 30] = [
     "async",
     "atime",
@@ -38,9 +38,9 @@ const MOUNT_OPTIONS: [&str; 30] = [
     "ro",
     "rprivate",
     "rro",
-    "rshared",
     "rslave",
     "rw",
+    "slave",
     "strictatime",
     "suid",
     "sync",
@@ -99,5 +99,7 @@ mod tests {
         assert!(!hooks.iter().any(|hook| hook == "createContainer" || hook == "startContainer"));
         assert_eq!(features["linux"]["mountExtensions"]["idmap"]["enabled"], false);
         assert_eq!(features["linux"]["selinux"]["enabled"], false);
+        let options = features["mountOptions"].as_array().expect("names");
+        assert!(!options.iter().any(|option| option == "shared" || option == "rshared"));
     }
 }

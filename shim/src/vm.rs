@@ -11,7 +11,8 @@ use sandbox::cgroup::HostCgroup;
 use sandbox::network::Network;
 use sandbox::network::pod::{PodOptions, attach};
 use sandbox::plan::VmSize;
-use sandbox::{BootRequest, CachePolicy, Sandbox};
+use sandbox::share::Share;
+use sandbox::{BootRequest, Sandbox};
 
 use crate::config::Config;
 use crate::error::TaskError;
@@ -19,9 +20,6 @@ use crate::record::Record;
 
 /// Longest time for a friendly end, which writes back what the guest has not.
 const STOP_DEADLINE: Duration = Duration::from_secs(2);
-
-/// A tree to share, by its tag.
-pub(crate) type Share = (String, OwnedFd, CachePolicy);
 
 /// Where a VM belongs on the host.
 #[derive(Clone, Copy, Debug)]

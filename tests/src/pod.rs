@@ -6,7 +6,7 @@ use oci_spec::runtime::Spec;
 use sandbox::artifacts::Artifacts;
 use sandbox::network::Network;
 use sandbox::plan::{ROOTFS_TAG, VmSize, guest_rootfs};
-use sandbox::share::{Rootfs, rootfs_tree};
+use sandbox::share::{Rootfs, Share, rootfs_tree};
 use sandbox::{BootRequest, CachePolicy, CallError, ProcessId, ProcessStreams, Sandbox, WantedStreams};
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt as _;
@@ -53,7 +53,7 @@ impl Pod {
         let request = BootRequest {
             name: "pod".to_owned(),
             size,
-            shares: vec![(ROOTFS_TAG.to_owned(), tree, CachePolicy::Always)],
+            shares: vec![Share::of_tree(ROOTFS_TAG, tree, CachePolicy::Always)],
             network,
             cgroup: None,
             console: None,

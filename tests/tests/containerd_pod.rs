@@ -6,7 +6,7 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::Duration;
 
-use k8s_cri::v1::{LinuxContainerResources, NamespaceMode, PortMapping, Protocol};
+use k8s_cri::v1::{LinuxContainerResources, MountPropagation, NamespaceMode, PortMapping, Protocol};
 use rustix::process::Signal;
 use tests::containerd::{Check, Containerd, Release, share_of, tell, tell_share};
 use tests::cri::{CONTAINER_RUNNING, ConfigVolume, Cri, Pod, SANDBOX_READY, container, mount};
@@ -22,6 +22,7 @@ const CHECKS: &[Check] = checks![
     ten_containers_of_a_pod_are_one_vm,
     pods_have_the_network_of_cni,
     a_pod_in_the_network_of_the_host_is_refused_by_name,
+    mounts_of_the_host_come_to_a_container_that_asks_for_them,
 ];
 
 /// The checks of a pod in sandbox mode, which containerd 1.6 does not have. Last, for they change how containerd 1.7 makes pods.
@@ -214,6 +215,43 @@ fn mount_in_room(containerd: &Containerd, options: &[&str], source: &Path, targe
 fn unmount_in_room(containerd: &Containerd, targets: &[&Path]) {
     let targets: Vec<&str> = targets.iter().map(|path| path.to_str().expect("a path of ours")).collect();
     let _ = outcome(containerd.command("umount", &targets)).success();
+}
+
+fn mounts_of_the_host_come_to_a_container_that_asks_for_them(containerd: &mut Containerd) {
+    let in_room = |script: &str| outcome(containerd.command("sh", &["-c", script])).success().to_owned();
+    containerd.block_on(async {
+        let mut cri = Cri::connect(containerd).await;
+        let pod = cri.run_pod(cri.pod_config("story-pod"), handler()).await.expect("a pod");
+        let volume = containerd.path("volume");
+        let disk = volume.join("disk");
+        fs::create_dir_all(&disk).expect("a folder");
+        let (at, disk_at) = (volume.display(), disk.display());
+        in_room(&format!("mount --bind {at} {at} && mount --make-shared {at}"));
+        let with_volume = |name: &str, propagation: MountPropagation| {
+            let mut config = container(name, WAIT);
+            config.mounts = vec![mount(&volume, "/volume", false)];
+            config.mounts[0].propagation = propagation.into();
+            config
+        };
+        let slave = with_volume("slave", MountPropagation::PropagationHostToContainer);
+        let slave = cri.start(&pod, slave).await.expect("started");
+        let private = with_volume("private", MountPropagation::PropagationPrivate);
+        let private = cri.start(&pod, private).await.expect("started");
+        in_room(&format!("mount -t tmpfs later {disk_at} && echo later >{disk_at}/note"));
+        assert_eq!(cri.shell(&slave, "cat /volume/disk/note; echo reply >/volume/disk/reply").await, "later\n");
+        assert_eq!(in_room(&format!("cat {disk_at}/reply")), "reply\n");
+        assert_eq!(cri.shell(&private, "ls /volume/disk").await, "");
+        eventually(Duration::from_secs(10), "the host unmounts it", || {
+            outcome(containerd.command("umount", &[disk.to_str().expect("a path of ours")])).code == 0
+        });
+        assert_eq!(cri.shell(&slave, "ls /volume/disk").await, "");
+        let shared = with_volume("shared", MountPropagation::PropagationBidirectional);
+        let refused = cri.start(&pod, shared).await.expect_err("refused");
+        assert!(refused.message().contains("ask for rslave (HostToContainer)"), "{refused}");
+        cri.remove_pod(&pod).await.expect("removed");
+        unmount_in_room(containerd, &[&volume]);
+        fs::remove_dir_all(&volume).expect("nothing holds the volume");
+    });
 }
 
 fn volumes_in_memory_are_memory_of_the_guest(containerd: &mut Containerd) {

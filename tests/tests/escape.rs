@@ -48,7 +48,12 @@ fn rehearse(story: &Story) -> Vec<Tried> {
     let passed = vec![kernel(&BUSY), tree(&share, false), tree(&read_only, true)];
     let mut config = config(Fd(3));
     config.control = Fd(3);
-    let share = |tag: &str, root| ShareConfig { tag: tag.to_owned(), root: Fd(root), cache: CachePolicy::Auto };
+    let share = |tag: &str, root| ShareConfig {
+        tag: tag.to_owned(),
+        root: Fd(root),
+        cache: CachePolicy::Auto,
+        read_only: false,
+    };
     config.shares = vec![share("share", 4), share("read-only", 5)];
 
     let socket = story.scratch().join("other.sock");

@@ -7,11 +7,12 @@ use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
-use tests::Story;
 use tests::python::Python;
+use tests::{Story, eventually};
 
-/// A file system of its own at a folder of the story; unmounted at the end.
+/// A mount at a folder of the story; unmounted at the end, when nobody uses it any more.
 struct Mounted(PathBuf);
 
 impl Mounted {
@@ -28,11 +29,23 @@ impl Mounted {
         run("mount", &["-o", "loop", &image.display().to_string(), &target.display().to_string()]);
         Self(target.to_owned())
     }
+
+    /// The folder itself, as a mount of which other mount namespaces learn.
+    fn shared(target: &Path) -> Self {
+        let path = target.display().to_string();
+        run("mount", &["--bind", &path, &path]);
+        run("mount", &["--make-shared", &path]);
+        Self(target.to_owned())
+    }
+
+    fn unmount(&self) -> bool {
+        Command::new("umount").arg(&self.0).status().expect("umount starts").success()
+    }
 }
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        run("umount", &[&self.0.display().to_string()]);
+        eventually(Duration::from_secs(10), "the host unmounts it", || self.unmount());
     }
 }
 
@@ -75,6 +88,82 @@ fn a_read_only_volume_is_read_only_for_the_guests_root_and_in_every_mount_below_
     assert_eq!(guest.exec("os.mkfifo('/mnt/c')"), "EROFS");
     assert_eq!(guest.end(), 0);
     assert_eq!(fs::read_to_string(story.volume().join("a")).expect("file"), "old");
+}
+
+#[test]
+fn what_the_host_mounts_later_comes_to_a_slave_volume_and_goes_when_it_is_unmounted() {
+    let story = Story::new();
+    fs::create_dir(story.volume().join("disk")).expect("a folder");
+    let _volume = Mounted::shared(&story.volume());
+    let mut guest = Python::start(&story, &["-v", &format!("{}:rslave", volume(&story))]);
+    assert_eq!(guest.eval("os.listdir('/mnt/disk')"), "[]");
+    let disk = Mounted::tmpfs(&story.volume().join("disk"), "size=1m");
+    fs::write(disk.0.join("a"), "later").expect("file");
+    assert_eq!(guest.eval("open('/mnt/disk/a').read(), os.listdir('/mnt/disk')"), "('later', ['a'])");
+    assert_eq!(guest.exec("held = open('/mnt/disk/b', 'w'); held.write('guest'); held.flush()"), "None");
+    assert_eq!(fs::read_to_string(disk.0.join("b")).expect("file"), "guest");
+    assert!(!disk.unmount(), "what a container uses is busy on the host");
+    assert_eq!(guest.exec("held.close()"), "None");
+    drop(disk);
+    assert_eq!(guest.eval("os.listdir('/mnt/disk')"), "[]");
+    // It comes as often as the host mounts it, and a mount below it as well.
+    let disk = Mounted::tmpfs(&story.volume().join("disk"), "size=1m");
+    fs::create_dir(disk.0.join("inner")).expect("a folder");
+    let inner = Mounted::tmpfs(&disk.0.join("inner"), "size=1m");
+    fs::write(inner.0.join("c"), "").expect("file");
+    assert_eq!(guest.eval("os.listdir('/mnt/disk/inner')"), "['c']");
+    drop(inner);
+    drop(disk);
+    assert_eq!(guest.end(), 0);
+}
+
+#[test]
+fn what_the_host_mounts_later_below_a_read_only_volume_is_not_written_by_the_guests_root() {
+    let story = Story::new();
+    fs::create_dir(story.volume().join("disk")).expect("a folder");
+    fs::copy("/bin/busybox", story.volume().join("busybox")).expect("busybox-static is installed");
+    let _volume = Mounted::shared(&story.volume());
+    let volume = format!("{}:ro,rslave", volume(&story));
+    let mut guest = Python::start(&story, &["-v", &volume, "--cap-add", "SYS_ADMIN"]);
+    let disk = Mounted::tmpfs(&story.volume().join("disk"), "size=1m");
+    fs::write(disk.0.join("a"), "old").expect("file");
+    assert_eq!(guest.exec("open('/mnt/disk/a', 'w')"), "EROFS");
+    // The container's own mount is read-only; root of the guest takes that away. The host's mount at `disk` is not read-only.
+    let remount =
+        "import subprocess; subprocess.run(['/mnt/busybox', 'mount', '-o', 'remount,bind,rw', '/mnt'], check=True)";
+    assert_eq!(guest.exec(remount), "None");
+    assert_eq!(guest.exec("os.chdir('/mnt/disk')"), "None");
+    assert_eq!(guest.eval("open('a').read()"), "old");
+    assert_eq!(guest.exec("open('a', 'w')"), "EROFS");
+    assert_eq!(guest.exec("open('a', 'r+')"), "EROFS");
+    assert_eq!(guest.exec("open('b', 'w')"), "EROFS");
+    assert_eq!(guest.exec("os.truncate('a', 0)"), "EROFS");
+    assert_eq!(guest.exec("os.chmod('a', 0o777)"), "EROFS");
+    assert_eq!(guest.exec("os.chown('a', 1, 1)"), "EROFS");
+    assert_eq!(guest.exec("os.utime('a')"), "EROFS");
+    assert_eq!(guest.exec("os.setxattr('a', 'user.x', b'y')"), "EROFS");
+    assert_eq!(guest.exec("os.unlink('a')"), "EROFS");
+    assert_eq!(guest.exec("os.rename('a', 'c')"), "EROFS");
+    assert_eq!(guest.exec("os.link('a', 'c')"), "EROFS");
+    assert_eq!(guest.exec("os.symlink('a', 'c')"), "EROFS");
+    assert_eq!(guest.exec("os.mkdir('c')"), "EROFS");
+    assert_eq!(guest.exec("os.mkfifo('c')"), "EROFS");
+    // What was there at the start is read-only by its mount.
+    assert_eq!(guest.exec("open('/mnt/b', 'w')"), "EROFS");
+    assert_eq!(guest.end(), 0);
+    assert_eq!(fs::read_to_string(disk.0.join("a")).expect("file"), "old");
+    assert_eq!(fs::read_dir(&disk.0).expect("a folder").count(), 1);
+}
+
+#[test]
+fn propagation_that_cannot_be_is_refused_with_what_to_do() {
+    let story = Story::new();
+    let refused = story.run(&["-v", &format!("{}:rshared", volume(&story))], &["true"]);
+    assert!(refused.code == 125 && refused.stderr.contains("rslave"), "{refused:?}");
+    let _private = Mounted::tmpfs(&story.volume(), "size=1m");
+    run("mount", &["--make-private", &story.volume().display().to_string()]);
+    let refused = story.run(&["-v", &format!("{}:rslave", volume(&story))], &["true"]);
+    assert!(refused.code == 125 && refused.stderr.contains("mount --make-shared"), "{refused:?}");
 }
 
 #[test]

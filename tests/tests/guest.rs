@@ -2,7 +2,7 @@
 
 use sandbox::CachePolicy;
 use sandbox::message::{Interface, Neighbour, Route, SetNetworkRequest};
-use sandbox::share::{Rootfs, rootfs_tree};
+use sandbox::share::{Rootfs, Share, rootfs_tree};
 use serde_json::{Value, json};
 use tests::Story;
 use tests::pod::{INVALID_ARGUMENT, NOT_FOUND, Pod, refusal};
@@ -68,9 +68,9 @@ async fn share_comes_and_goes_while_the_guest_runs() {
     let story = Story::new();
     let pod = Pod::boot(&story).await;
     std::fs::write(story.volume().join("file"), "shared").unwrap();
-    let tree = || {
+    let share = || {
         let rootfs = Rootfs::Directory { path: story.volume(), read_only: false };
-        rootfs_tree(rootfs, &story.scratch()).unwrap()
+        Share::of_tree("extra", rootfs_tree(rootfs, &story.scratch()).unwrap(), CachePolicy::Auto)
     };
     let mounted = |spec: &mut Value| {
         let mount =
@@ -78,11 +78,11 @@ async fn share_comes_and_goes_while_the_guest_runs() {
         spec["mounts"].as_array_mut().unwrap().push(mount);
         spec["root"]["readonly"] = json!(false);
     };
-    pod.0.add_share("extra", tree(), CachePolicy::Auto).await.unwrap();
+    pod.0.add_share(share()).await.unwrap();
     assert_eq!(pod.run("one", "cat /mnt/file", mounted).await, (0, "shared".to_owned()));
     pod.0.remove_share("extra").await.unwrap();
     // The same place on the bus can be used again.
-    pod.0.add_share("extra", tree(), CachePolicy::Auto).await.unwrap();
+    pod.0.add_share(share()).await.unwrap();
     assert_eq!(pod.run("two", "cat /mnt/file", mounted).await, (0, "shared".to_owned()));
     pod.0.remove_share("extra").await.unwrap();
     pod.0.stop().await;

@@ -57,7 +57,7 @@ fn describe() -> VmConfig {
         memory_mib: RAM_MIB,
         control: Fd(3),
         console: Some(Fd(5)),
-        shares: vec![ShareConfig { tag: "share".to_owned(), root: Fd(6), cache: CachePolicy::Never }],
+        shares: vec![ShareConfig { tag: "share".to_owned(), root: Fd(6), cache: CachePolicy::Never, read_only: false }],
         entropy: true,
         vsock: Some(VsockConfig { guest_cid: 3, host_ports: vec![HostPort { port: 1024, socket: Fd(7) }] }),
         networks: vec![NetConfig { device, fds: vec![Fd(8)] }],

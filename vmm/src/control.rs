@@ -14,6 +14,7 @@ use crate::exit::ExitSignal;
 use crate::machine::{add_share, share_name};
 use crate::networks::Networks;
 use crate::vcpu::Vcpus;
+use crate::virtio::fs::Rules;
 use crate::virtio::pci::PciBus;
 
 /// The control socket.
@@ -82,8 +83,11 @@ impl Control {
                 Reply::Done
             }
             Request::Stats => Reply::Stats(self.vcpus.stats()),
-            Request::AddShare { tag, cache } => match self.fds.pop_front() {
-                Some(root) => done(add_share(&self.pci, &tag, root, cache, self.vcpus.count())),
+            Request::AddShare { tag, cache, read_only } => match self.fds.pop_front() {
+                Some(root) => {
+                    let rules = Rules { cache, read_only };
+                    done(add_share(&self.pci, &tag, root, rules, self.vcpus.count()))
+                }
                 None => Reply::Refused("no descriptor came with the request".to_owned()),
             },
             Request::RemoveShare { tag } => done(self.pci.remove(&share_name(&tag))),

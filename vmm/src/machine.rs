@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex};
 use kvm_ioctls::{VcpuFd, VmFd};
 use thiserror::Error;
 use vm_memory::{Bytes as _, GuestAddress};
+use vmm_api::VmConfig;
 use vmm_api::control::{Exit, ExitReason};
-use vmm_api::{CachePolicy, VmConfig};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::arch::{cpuid, layout, mptable, pvh, registers};
@@ -32,7 +32,7 @@ use crate::root_image::{RootImage, RootImageError};
 use crate::signals;
 use crate::vcpu::{Buses, Vcpus};
 use crate::virtio::GuestMemory;
-use crate::virtio::fs::{Fs, FsError};
+use crate::virtio::fs::{Fs, FsError, Rules};
 use crate::virtio::pci::{PciBus, PciError};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Vsock, VsockError};
@@ -152,7 +152,8 @@ impl Machine {
         }
         for share in &config.shares {
             let root = take("a share", share.root)?;
-            add_share(&pci, &share.tag, root, share.cache, config.vcpus)?;
+            let rules = Rules { cache: share.cache, read_only: share.read_only };
+            add_share(&pci, &share.tag, root, rules, config.vcpus)?;
         }
         let mut networks = Networks::new(pci.clone(), registry.clone());
         for network in &config.networks {
@@ -222,11 +223,11 @@ pub(crate) fn add_share(
     pci: &PciBus,
     tag: &str,
     root: OwnedFd,
-    cache: CachePolicy,
+    rules: Rules,
     vcpu_count: u8,
 ) -> Result<(), BuildError> {
     let name = tag.to_owned();
-    let opened = pci.device_thread().call(move || Fs::open(&name, root, cache, vcpu_count));
+    let opened = pci.device_thread().call(move || Fs::open(&name, root, rules, vcpu_count));
     let fs = opened.map_err(|source| BuildError::Share { tag: tag.to_owned(), source })?;
     Ok(pci.add(&share_name(tag), Box::new(fs))?)
 }

@@ -172,5 +172,32 @@ fn adapt(spec: &mut Spec, container_id: &str) {
     spec.set_hooks(None);
     if let Some(linux) = spec.linux_mut() {
         linux.set_cgroups_path(Some(Cgroup::oci_path(container_id).into()));
+        // `libcontainer` changes every mount, and does not know the names that say so: `rslave` and the like.
+        let propagation = linux.rootfs_propagation().as_deref().map(|name| name.strip_prefix('r').unwrap_or(name));
+        let propagation = propagation.map(str::to_owned);
+        linux.set_rootfs_propagation(propagation);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use oci_spec::runtime::{Linux, Spec};
+
+    use super::adapt;
+
+    #[test]
+    fn the_propagation_of_the_root_has_a_name_that_libcontainer_knows() {
+        let adapted = |name: Option<&str>| {
+            let (mut spec, mut linux) = (Spec::default(), Linux::default());
+            linux.set_rootfs_propagation(name.map(str::to_owned));
+            spec.set_linux(Some(linux));
+            adapt(&mut spec, "box");
+            spec.linux().as_ref().and_then(|linux| linux.rootfs_propagation().clone())
+        };
+        let names = [Some("rslave"), Some("slave"), Some("rprivate"), Some("rshared"), None].map(adapted);
+        assert_eq!(
+            names.each_ref().map(Option::as_deref),
+            [Some("slave"), Some("slave"), Some("private"), Some("shared"), None]
+        );
     }
 }

@@ -4,14 +4,14 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::{Duration, Instant, SystemTime};
-
-use vmm_api::CachePolicy;
 
 use crate::agent_client::AgentClient;
 use crate::artifacts::Artifacts;
 use crate::network::Network;
 use crate::plan::VmSize;
+use crate::share::Share;
 use crate::streams::StreamTable;
 use crate::vmm_process::{Spawn, VmmProcess};
 use crate::{BootError, Sandbox, message};
@@ -22,8 +22,8 @@ pub struct BootRequest {
     pub name: String,
     /// Size of the VM.
     pub size: VmSize,
-    /// Trees to share, by tag.
-    pub shares: Vec<(String, OwnedFd, CachePolicy)>,
+    /// What to share.
+    pub shares: Vec<Share>,
     /// Its network; the default is none but loopback.
     pub network: Network,
     /// The `cgroup.procs` that the VMM joins by; without it, it stays in its starter's cgroup.
@@ -52,9 +52,11 @@ impl Sandbox {
     ///
     /// # Errors
     /// Each variant of [`BootError`]; the VM is gone then.
-    pub async fn boot(request: BootRequest) -> Result<Self, BootError> {
+    pub async fn boot(mut request: BootRequest) -> Result<Self, BootError> {
         let start = Instant::now();
-        let share_tags = request.shares.iter().map(|(tag, ..)| tag.clone()).collect();
+        let share_tags = request.shares.iter().map(|share| share.tag.clone()).collect();
+        let kept = |share: &mut Share| Some((share.tag.clone(), share.namespace.take()?));
+        let namespaces = request.shares.iter_mut().filter_map(kept).collect();
         let (vmm, ports) = VmmProcess::spawn(Spawn {
             program: request.artifacts.vmm.clone(),
             name: request.name.clone(),
@@ -87,7 +89,14 @@ impl Sandbox {
             vmm.explain(set).await.map_err(BootError::Configure)?;
         }
         let times = BootTimes { spawn, agent_ready, configured: start.elapsed() };
-        Ok(Self { agent, streams, vmm, times, network: tokio::sync::Mutex::new(request.network.held) })
+        Ok(Self {
+            agent,
+            streams,
+            vmm,
+            times,
+            network: tokio::sync::Mutex::new(request.network.held),
+            namespaces: Mutex::new(namespaces),
+        })
     }
 }
 

@@ -32,6 +32,10 @@ mod vm;
 mod vmm_control;
 mod vmm_process;
 
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::Mutex;
+
 pub use agent_api::message;
 use agent_client::AgentClient;
 pub use boot::{BootRequest, BootTimes};
@@ -53,6 +57,8 @@ pub struct Sandbox {
     times: BootTimes,
     // Let go after the VMM, which is dropped before it.
     network: tokio::sync::Mutex<network::Held>,
+    /// Mount namespaces that shares are in, by tag.
+    namespaces: Mutex<HashMap<String, OwnedFd>>,
 }
 
 /// Which streams of a new process the caller wants; the others are `/dev/null`.

@@ -1,9 +1,9 @@
 //! PURE: from what the caller wants to the VM and the container that give it. Touches nothing; tested by snapshots.
 //!
-//! Host paths of bind mounts become entries of one share, `volumes`, and the spec that goes to the guest names their guest
-//! paths instead.
+//! Host paths of bind mounts become entries of a share of volumes, and the spec that goes to the guest names their guest paths
+//! instead.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use agent_api::{HOSTS_PATH, INIT_PATH, RESOLV_CONF_PATH, SHARE_DIR};
@@ -13,7 +13,7 @@ use vmm_api::{MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB};
 
 /// Tag of the share that holds the container's root file system.
 pub const ROOTFS_TAG: &str = "rootfs";
-/// Tag of the share that holds every volume, as `v0`, `v1`, ...
+/// Tag of the share that holds the volumes, as `v0`, `v1`, ..., and the beginning of those of its like.
 pub const VOLUMES_TAG: &str = "volumes";
 
 /// Where the guest has its shared memory, and a container that shares it.
@@ -33,12 +33,12 @@ pub struct VmSize {
 /// RAM that the guest's kernel and agent need beside the container's, in MiB.
 pub const GUEST_OVERHEAD_MIB: u32 = 96;
 
-/// Tags of a container's two shares, for a VM with several containers.
+/// Tags of a container's shares, for a VM with several containers.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct ShareTags {
     /// Of its root file system.
     pub rootfs: String,
-    /// Of its volumes.
+    /// Of its volumes: see [`Self::of_volumes`].
     pub volumes: String,
 }
 
@@ -55,11 +55,31 @@ impl ShareTags {
         Path::new(SHARE_DIR).join(&self.rootfs)
     }
 
+    /// Tag of a share of volumes.
+    #[must_use]
+    pub fn of_volumes(&self, share: VolumeShare) -> String {
+        match share {
+            VolumeShare::Private => self.volumes.clone(),
+            VolumeShare::Slave => format!("{}-slave", self.volumes),
+            VolumeShare::ReadOnlySlave => format!("{}-slave-ro", self.volumes),
+        }
+    }
+
     /// Guest path of a volume by its place in [`Plan::volumes`].
     #[must_use]
-    pub fn guest_volume(&self, index: usize) -> PathBuf {
-        Path::new(SHARE_DIR).join(&self.volumes).join(format!("v{index}"))
+    pub fn guest_volume(&self, share: VolumeShare, index: usize) -> PathBuf {
+        Path::new(SHARE_DIR).join(self.of_volumes(share)).join(format!("v{index}"))
     }
+}
+
+/// What becomes of the mounts that the host makes below a volume later (mount_namespaces(7)).
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
+pub enum Propagation {
+    /// The container does not see them.
+    #[default]
+    Private,
+    /// They come to the container, and go when the host unmounts them.
+    Slave,
 }
 
 /// A host path that the container sees.
@@ -67,8 +87,21 @@ impl ShareTags {
 pub struct Volume {
     /// The host path.
     pub source: PathBuf,
-    /// Enforced by the mount on the host.
+    /// Enforced on the host.
     pub read_only: bool,
+    /// What becomes of later mounts.
+    pub propagation: Propagation,
+}
+
+/// Which share a volume is in. A share is one device of the VM, whose rules hold for all of it.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub enum VolumeShare {
+    /// Volumes with the mounts that they have at the start.
+    Private,
+    /// Volumes that later mounts come to.
+    Slave,
+    /// The same, read-only: the VMM refuses what writes, for a mount that comes later is not read-only by itself.
+    ReadOnlySlave,
 }
 
 impl Volume {
@@ -76,16 +109,27 @@ impl Volume {
     #[must_use]
     pub fn of(mount: &Mount) -> Option<Self> {
         let source = mount.source().clone()?;
-        let read_only = mount.options().iter().flatten().any(|option| option == "ro" || option == "rro");
-        Some(Self { source, read_only })
+        let propagation =
+            if has_option(mount, ["slave", "rslave"]) { Propagation::Slave } else { Propagation::Private };
+        Some(Self { source, read_only: has_option(mount, ["ro", "rro"]), propagation })
+    }
+
+    /// Which share it is in.
+    #[must_use]
+    pub fn share(&self) -> VolumeShare {
+        match (self.propagation, self.read_only) {
+            (Propagation::Private, _) => VolumeShare::Private,
+            (Propagation::Slave, false) => VolumeShare::Slave,
+            (Propagation::Slave, true) => VolumeShare::ReadOnlySlave,
+        }
     }
 }
 
 /// What to share and what to tell the agent.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
-    /// Volumes in the order of their names in the share.
-    pub volumes: Vec<Volume>,
+    /// Volumes of each share, in the order of their names there.
+    pub volumes: BTreeMap<VolumeShare, Vec<Volume>>,
     /// The spec with guest paths.
     pub spec: Spec,
 }
@@ -108,6 +152,15 @@ pub enum PlanError {
     /// A mount of the spec has no source.
     #[error("bind mount at {} has no source", destination.display())]
     NoSource {
+        /// Where it would be mounted.
+        destination: PathBuf,
+    },
+    /// Mounts that the container makes are to come to the host.
+    #[error(
+        "the mount at {} is to be shared with the host (rshared, Bidirectional), which cannot be, for a guest's mounts are its own: ask for rslave (HostToContainer), by which mounts of the host come to the container",
+        destination.display()
+    )]
+    Shared {
         /// Where it would be mounted.
         destination: PathBuf,
     },
@@ -154,15 +207,17 @@ pub fn guest_rootfs() -> PathBuf {
 /// already is taken from where it is, so that containers see one file system there.
 ///
 /// # Errors
-/// [`PlanError::NoSource`] and [`PlanError::Forbidden`].
+/// [`PlanError::NoSource`], [`PlanError::Shared`] and [`PlanError::Forbidden`].
 pub fn plan(mut spec: Spec, tags: &ShareTags, in_guest: &HashMap<Volume, PathBuf>) -> Result<Plan, PlanError> {
-    let mut volumes = Vec::new();
+    let mut volumes = BTreeMap::<VolumeShare, Vec<Volume>>::new();
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     for mount in &mut mounts {
-        let options = mount.options().clone().unwrap_or_default();
-        let is_bind = mount.typ().as_deref() == Some("bind") || options.iter().any(|o| o == "bind" || o == "rbind");
+        let is_bind = mount.typ().as_deref() == Some("bind") || has_option(mount, ["bind", "rbind"]);
         if !is_bind {
             continue;
+        }
+        if has_option(mount, ["shared", "rshared"]) {
+            return Err(PlanError::Shared { destination: mount.destination().clone() });
         }
         let Some(volume) = Volume::of(mount) else {
             return Err(PlanError::NoSource { destination: mount.destination().clone() });
@@ -176,8 +231,10 @@ pub fn plan(mut spec: Spec, tags: &ShareTags, in_guest: &HashMap<Volume, PathBuf
             return Err(PlanError::Forbidden { path: volume.source });
         }
         let guest_path = in_guest.get(&volume).cloned().unwrap_or_else(|| {
-            volumes.push(volume);
-            tags.guest_volume(volumes.len() - 1)
+            let share = volume.share();
+            let of_share = volumes.entry(share).or_default();
+            of_share.push(volume);
+            tags.guest_volume(share, of_share.len() - 1)
         });
         mount.set_source(Some(guest_path));
     }
@@ -243,6 +300,11 @@ pub fn add_guest_file(spec: &mut Spec, file: GuestFile) {
     mount.set_source(Some(file.guest_path().into()));
     mount.set_options(Some(["bind", "nosuid", "nodev", "noexec"].map(str::to_owned).to_vec()));
     mounts.push(mount);
+}
+
+/// Whether a mount has one of two options.
+fn has_option(mount: &Mount, names: [&str; 2]) -> bool {
+    mount.options().iter().flatten().any(|option| names.contains(&option.as_str()))
 }
 
 /// Kernel interfaces of the host mean nothing, or too much, in a guest.

@@ -3,9 +3,13 @@
 //!
 //! Each tree is put together by a thread of its own in a private mount namespace, then cloned with open_tree(2). Read-only
 //! is a flag of the mount: nothing that a guest sends, and no fault of the VMM, can write through it.
+//!
+//! Volumes that later mounts of the host come to are the exception: their tree stays in its namespace (`share/slaves.rs`), and a
+//! mount that comes later is read-only because the VMM refuses to write, not by a flag of its own.
 
 mod mount_table;
 mod mounts;
+mod slaves;
 
 use std::fs::{self, File};
 use std::io;
@@ -21,10 +25,34 @@ use rustix::mount::{
     open_tree,
 };
 
-use crate::BootError;
-use crate::plan::Volume;
-pub use mount_table::{Mounted, mount_table};
+use crate::plan::{ShareTags, Volume, VolumeShare};
+use crate::{BootError, CachePolicy};
+pub use mount_table::{Mounted, mount_of, mount_table};
 pub use mounts::HostMount;
+use slaves::Kept;
+
+/// A directory that a guest mounts by its tag.
+#[derive(Debug)]
+pub struct Share {
+    /// The tag.
+    pub tag: String,
+    /// The directory: its own parent, so that no way leads up from it.
+    pub root: OwnedFd,
+    /// How long the guest may trust what it cached.
+    pub cache: CachePolicy,
+    /// The VMM refuses whatever writes, also where the mounts below the directory would allow it.
+    pub read_only: bool,
+    /// The mount namespace that the directory is the root of, to be kept as long as it is shared; without one it is attached nowhere.
+    pub namespace: Option<OwnedFd>,
+}
+
+impl Share {
+    /// A tree that is attached nowhere, whose mounts say what may be written.
+    #[must_use]
+    pub fn of_tree(tag: &str, root: OwnedFd, cache: CachePolicy) -> Self {
+        Self { tag: tag.to_owned(), root, cache, read_only: false, namespace: None }
+    }
+}
 
 /// The root file system of a container.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -67,32 +95,46 @@ pub fn rootfs_tree(rootfs: Rootfs, scratch: &Path) -> Result<OwnedFd, BootError>
         Rootfs::Mounts { mounts, .. } => mounts.last().map_or_else(|| scratch.to_owned(), |m| PathBuf::from(&m.source)),
     };
     let scratch = scratch.to_owned();
-    in_private_namespace(move || mount_rootfs(&rootfs, &scratch))
+    in_namespace(MountPropagationFlags::PRIVATE, move || mount_rootfs(&rootfs, &scratch))
         .map_err(|source| BootError::Share { path: shown, source })
 }
 
-/// Makes the tree of all volumes: `v0`, `v1`, ... each a directory or a single file.
+/// Makes a share of volumes: `v0`, `v1`, ... each a directory or a single file.
 ///
 /// # Errors
 /// [`BootError::Share`] with the volume that could not be used.
-pub fn volumes_tree(volumes: Vec<Volume>, scratch: &Path) -> Result<OwnedFd, BootError> {
+pub fn volumes_share(
+    tags: &ShareTags,
+    share: VolumeShare,
+    volumes: Vec<Volume>,
+    scratch: &Path,
+) -> Result<Share, BootError> {
     for volume in &volumes {
         fs::metadata(&volume.source).map_err(|source| BootError::Share { path: volume.source.clone(), source })?;
     }
-    let scratch = scratch.to_owned();
-    let shown = volumes.first().map_or_else(|| scratch.clone(), |v| v.source.clone());
-    in_private_namespace(move || mount_volumes(&volumes, &scratch))
-        .map_err(|source| BootError::Share { path: shown, source })
+    let shown = volumes.first().map_or_else(|| scratch.to_owned(), |volume| volume.source.clone());
+    let failed = |source| BootError::Share { path: shown, source };
+    let (tag, scratch) = (tags.of_volumes(share), scratch.to_owned());
+    if share == VolumeShare::Private {
+        let build = move || mount_volumes(&volumes, &scratch).and_then(|()| clone_tree(&scratch));
+        let root = in_namespace(MountPropagationFlags::PRIVATE, build).map_err(failed)?;
+        return Ok(Share::of_tree(&tag, root, CachePolicy::Auto));
+    }
+    let build = move || mount_volumes(&volumes, &scratch).and_then(|()| slaves::keep(&scratch));
+    let Kept { root, namespace } = in_namespace(MountPropagationFlags::DOWNSTREAM, build).map_err(failed)?;
+    let read_only = share == VolumeShare::ReadOnlySlave;
+    Ok(Share { tag, root, cache: CachePolicy::InUse, read_only, namespace: Some(namespace) })
 }
 
-/// Runs `build` on a thread with its own mount namespace and working directory.
-fn in_private_namespace<F>(build: F) -> io::Result<OwnedFd>
+/// Runs `build` on a thread with its own working directory and its own mount namespace, in which every mount has this propagation.
+fn in_namespace<T, F>(propagation: MountPropagationFlags, build: F) -> io::Result<T>
 where
-    F: FnOnce() -> io::Result<OwnedFd> + Send + 'static,
+    T: Send + 'static,
+    F: FnOnce() -> io::Result<T> + Send + 'static,
 {
     let work = move || {
         nix::sched::unshare(CloneFlags::CLONE_NEWNS)?;
-        mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)?;
+        mount_change("/", MountPropagationFlags::REC | propagation)?;
         build()
     };
     let thread = thread::Builder::new().name("mounts".to_owned()).spawn(work)?;
@@ -120,7 +162,7 @@ fn mount_rootfs(rootfs: &Rootfs, scratch: &Path) -> io::Result<OwnedFd> {
     clone_tree(scratch)
 }
 
-fn mount_volumes(volumes: &[Volume], scratch: &Path) -> io::Result<OwnedFd> {
+fn mount_volumes(volumes: &[Volume], scratch: &Path) -> io::Result<()> {
     mount("tmpfs", scratch, "tmpfs", MountFlags::NODEV | MountFlags::NOSUID, Some(c"mode=755,size=1m"))?;
     for (index, volume) in volumes.iter().enumerate() {
         let target = scratch.join(format!("v{index}"));
@@ -132,11 +174,11 @@ fn mount_volumes(volumes: &[Volume], scratch: &Path) -> io::Result<OwnedFd> {
         mount_bind_recursive(&volume.source, &target)?;
         restrict(&target, volume.read_only)?;
     }
-    mount_remount(scratch, MountFlags::BIND | MountFlags::RDONLY | MountFlags::NODEV | MountFlags::NOSUID, "")?;
-    clone_tree(scratch)
+    Ok(mount_remount(scratch, MountFlags::BIND | MountFlags::RDONLY | MountFlags::NODEV | MountFlags::NOSUID, "")?)
 }
 
-/// No device of the host is ever reached through a share, and read-only holds for every mount below `target` too.
+/// No device of the host is ever reached through a share, and read-only holds for every mount below `target` too. For those that come
+/// later, to a slave, the VMM's file system device keeps both.
 fn restrict(target: &Path, read_only: bool) -> io::Result<()> {
     let read_only = if read_only { MountFlags::RDONLY } else { MountFlags::empty() };
     for Mounted { mount_point, .. } in mount_table()? {

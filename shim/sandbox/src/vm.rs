@@ -1,13 +1,15 @@
 //! What a caller can ask of the VM itself, beside its containers: state, pause, counters, shares that come and go.
 
+use std::collections::HashMap;
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::{MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-use vmm_api::CachePolicy;
 use vmm_api::control::{Reply, Request, State, Stats};
 use vmm_api::net::NetStats;
 
 use crate::network::pod::PodNetwork;
+use crate::share::Share;
 use crate::{CallError, ControlError, Sandbox, message};
 
 impl Sandbox {
@@ -94,17 +96,21 @@ impl Sandbox {
         self.agent.online_resources().await
     }
 
-    /// Shares another tree with the running VM; the guest mounts it below its folder of shares.
+    /// Shares another directory with the running VM; the guest mounts it below its folder of shares.
     ///
     /// # Errors
     /// Each variant of [`ControlError`]; the share is gone then.
-    pub async fn add_share(&self, tag: &str, tree: OwnedFd, cache: CachePolicy) -> Result<(), ControlError> {
-        let request = Request::AddShare { tag: tag.to_owned(), cache };
-        self.vmm.ask(&request, &[tree.as_fd()]).await?;
-        if let Err(error) = self.agent.add_share(tag).await {
+    pub async fn add_share(&self, share: Share) -> Result<(), ControlError> {
+        let Share { tag, root, cache, read_only, namespace } = share;
+        let request = Request::AddShare { tag: tag.clone(), cache, read_only };
+        self.vmm.ask(&request, &[root.as_fd()]).await?;
+        if let Err(error) = self.agent.add_share(&tag).await {
             // What failed is the guest's answer; that the VMM gives the device up as well changes nothing about it.
-            let _ = self.vmm.ask(&Request::RemoveShare { tag: tag.to_owned() }, &[]).await;
+            let _ = self.vmm.ask(&Request::RemoveShare { tag }, &[]).await;
             return Err(ControlError::Agent(error));
+        }
+        if let Some(namespace) = namespace {
+            self.namespaces().insert(tag, namespace);
         }
         Ok(())
     }
@@ -132,7 +138,13 @@ impl Sandbox {
     /// Each variant of [`ControlError`]; a guest that still uses the share keeps it.
     pub async fn remove_share(&self, tag: &str) -> Result<(), ControlError> {
         self.agent.remove_share(tag).await.map_err(ControlError::Agent)?;
-        self.vmm.ask(&Request::RemoveShare { tag: tag.to_owned() }, &[]).await.map(drop)
+        self.vmm.ask(&Request::RemoveShare { tag: tag.to_owned() }, &[]).await?;
+        self.namespaces().remove(tag);
+        Ok(())
+    }
+
+    fn namespaces(&self) -> MutexGuard<'_, HashMap<String, OwnedFd>> {
+        self.namespaces.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

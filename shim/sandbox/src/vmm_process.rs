@@ -22,11 +22,12 @@ use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, watch};
 use vmm_api::control::{Exit, ExitReason, Message, Reply, Request};
 use vmm_api::net::NetConfig;
-use vmm_api::{CachePolicy, Fd, HostPort, ShareConfig, VmConfig, VsockConfig};
+use vmm_api::{Fd, HostPort, ShareConfig, VmConfig, VsockConfig};
 
 use crate::network::Interface;
 use crate::pid_namespace;
 use crate::plan::VmSize;
+use crate::share::Share;
 use crate::text;
 use crate::vmm_control::VmmControl;
 use crate::{BootError, CallError, ControlError};
@@ -41,7 +42,7 @@ pub(crate) struct Spawn {
     pub(crate) root_image: OwnedFd,
     pub(crate) cgroup: Option<OwnedFd>,
     pub(crate) console: Option<OwnedFd>,
-    pub(crate) shares: Vec<(String, OwnedFd, CachePolicy)>,
+    pub(crate) shares: Vec<Share>,
     pub(crate) networks: Vec<Interface>,
 }
 
@@ -121,7 +122,12 @@ impl VmmProcess {
             shares: spawn
                 .shares
                 .into_iter()
-                .map(|(tag, root, cache)| ShareConfig { tag, root: passed.add(root), cache })
+                .map(|Share { tag, root, cache, read_only, .. }| ShareConfig {
+                    tag,
+                    root: passed.add(root),
+                    cache,
+                    read_only,
+                })
                 .collect(),
             networks: spawn
                 .networks

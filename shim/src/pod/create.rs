@@ -1,7 +1,6 @@
 //! Making a container: its trees, the VM if it is the first, its place in the guest.
 
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -10,7 +9,7 @@ use containerd_shim_protos::api::Mount;
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use oci_spec::runtime::Spec;
 use sandbox::plan::{self, ShareTags, Volume};
-use sandbox::share::{self, Rootfs};
+use sandbox::share::{self, Rootfs, Share};
 use sandbox::{BootError, CachePolicy};
 
 use super::{GuestVolume, Pod};
@@ -19,7 +18,7 @@ use crate::cri::{self, Limits, Role};
 use crate::error::TaskError;
 use crate::hooks::Moment;
 use crate::translate::CreateContainer;
-use crate::vm::{Place, Share, Vm};
+use crate::vm::{Place, Vm};
 
 /// A container's spec with guest paths, and the trees that it needs.
 struct Trees {
@@ -154,8 +153,8 @@ impl Pod {
         let Trees { spec, shares } = self.trees(container, request, spec, in_memory).await?;
         let vm = match present {
             Some(vm) => {
-                for (tag, tree, cache) in shares {
-                    vm.sandbox.add_share(&tag, tree, cache).await?;
+                for share in shares {
+                    vm.sandbox.add_share(share).await?;
                 }
                 vm
             }
@@ -189,25 +188,26 @@ impl Pod {
         // Which of the known ones it uses is seen in the spec that came out.
         let sources: Vec<PathBuf> =
             planned.spec.mounts().iter().flatten().filter_map(|mount| mount.source().clone()).collect();
-        let mut used = planned.volumes.clone();
+        let mut used: Vec<Volume> = planned.volumes.values().flatten().cloned().collect();
         used.extend(known.iter().filter(|(_, path)| sources.contains(path)).map(|(volume, _)| volume.clone()));
         container.set_volumes(used);
         let rootfs = rootfs(request);
         let (tags, scratch, volumes) = (container.tags.clone(), request.bundle.join("rootfs"), planned.volumes.clone());
-        let made = tokio::task::spawn_blocking(move || -> Result<(OwnedFd, Option<OwnedFd>), BootError> {
+        let made = tokio::task::spawn_blocking(move || -> Result<Vec<Share>, BootError> {
             std::fs::create_dir_all(&scratch).map_err(|source| BootError::Share { path: scratch.clone(), source })?;
-            let rootfs = share::rootfs_tree(rootfs, &scratch)?;
-            let volumes = if volumes.is_empty() { None } else { Some(share::volumes_tree(volumes, &scratch)?) };
-            Ok((rootfs, volumes))
+            let root = share::rootfs_tree(rootfs, &scratch)?;
+            let mut shares = vec![Share::of_tree(&tags.rootfs, root, CachePolicy::Always)];
+            for (share, volumes) in volumes {
+                shares.push(share::volumes_share(&tags, share, volumes, &scratch)?);
+            }
+            Ok(shares)
         });
         let lost = |error: tokio::task::JoinError| TaskError::Invalid(error.to_string());
-        let (rootfs, volumes) = made.await.map_err(lost)??;
-        let mut shares = vec![(tags.rootfs.clone(), rootfs, CachePolicy::Always)];
-        if let Some(tree) = volumes {
-            shares.push((tags.volumes.clone(), tree, CachePolicy::Auto));
-            let mut table = self.volumes();
-            for (index, volume) in planned.volumes.into_iter().enumerate() {
-                let at = GuestVolume { path: tags.guest_volume(index), tag: tags.volumes.clone() };
+        let shares = made.await.map_err(lost)??;
+        let (tags, mut table) = (&container.tags, self.volumes());
+        for (share, volumes) in planned.volumes {
+            for (index, volume) in volumes.into_iter().enumerate() {
+                let at = GuestVolume { path: tags.guest_volume(share, index), tag: tags.of_volumes(share) };
                 table.entry(volume).or_insert(at);
             }
         }

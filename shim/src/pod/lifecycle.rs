@@ -230,7 +230,7 @@ impl Pod {
 
     /// Takes a container's shares out of the VM, but for a volume that another one uses.
     async fn release_shares(&self, vm: &Vm, container: &Container) {
-        let tags = [&container.tags.rootfs, &container.tags.volumes];
+        let brought = container.share_tags();
         let in_use = |volume: &Volume| self.all_containers().iter().any(|other| other.uses(volume));
         let idle: Vec<String> = {
             let mut table = self.volumes();
@@ -238,10 +238,7 @@ impl Pod {
                 table.iter().filter(|(volume, _)| in_use(volume)).map(|(_, at)| at.tag.clone()).collect();
             let mut idle: Vec<String> = table.values().map(|at| at.tag.clone()).filter(|t| !used.contains(t)).collect();
             table.retain(|_, at| used.contains(&at.tag));
-            if !used.contains(tags[1]) {
-                idle.push(tags[1].clone());
-            }
-            idle.push(tags[0].clone());
+            idle.extend(brought.into_iter().filter(|tag| !used.contains(tag)));
             idle.sort();
             idle.dedup();
             idle

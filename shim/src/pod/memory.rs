@@ -10,7 +10,7 @@ use std::sync::{Mutex, PoisonError};
 use oci_spec::runtime::{Mount, Spec};
 use sandbox::message::{MemoryVolumeRequest, Ownership};
 use sandbox::plan::{self, GUEST_SHM, Volume};
-use sandbox::share::{Mounted, mount_table};
+use sandbox::share::{Mounted, mount_of, mount_table};
 
 use super::Pod;
 use crate::error::TaskError;
@@ -72,9 +72,7 @@ impl VolumeNames {
 
 /// The volume that a mount leads to, if that is memory and the pod's.
 fn find(mount: &Mount, source: &Path, table: &[Mounted]) -> Option<InMemory> {
-    // Of several at the same place this is the last one, which hides the others.
-    let at = table.iter().filter(|mounted| source.starts_with(&mounted.mount_point));
-    let at = at.max_by_key(|mounted| mounted.mount_point.components().count())?;
+    let at = mount_of(table, source)?;
     let whole = |mounted: &&Mounted| mounted.device == at.device && mounted.root == Path::new("/");
     let is_empty_dir = |mounted: &&Mounted| mounted.mount_point.to_string_lossy().contains(EMPTY_DIR);
     if at.fstype == "tmpfs"
@@ -140,6 +138,7 @@ mod tests {
             root: PathBuf::from(root),
             mount_point: PathBuf::from(mount_point),
             fstype: fstype.to_owned(),
+            propagates: false,
         };
         let table = [
             mounted("8:1", "/", "/", "ext4"),

@@ -230,8 +230,8 @@ pub(crate) struct RunArgs {
     /// Most processes in the container.
     #[arg(long, value_name = "COUNT")]
     pub(crate) pids_limit: Option<i64>,
-    /// Share a host path with the container.
-    #[arg(short, long, value_name = "HOST:GUEST[:ro]")]
+    /// Share a host path with the container; OPTIONS: ro, rslave (what the host mounts below it later appears too).
+    #[arg(short, long, value_name = "HOST:GUEST[:OPTIONS]")]
     pub(crate) volume: Vec<String>,
     /// Mount a tmpfs.
     #[arg(long, value_name = "GUEST[:OPTIONS]")]

@@ -30,6 +30,7 @@ mod stats;
 mod stdio;
 mod stop;
 mod user;
+mod volume;
 
 #[cfg(any(test, fuzzing))]
 pub use image::fuzz;

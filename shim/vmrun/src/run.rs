@@ -11,8 +11,8 @@ use oci_spec::runtime::{Process, Spec};
 use sandbox::artifacts::Artifacts;
 use sandbox::cgroup::HostCgroup;
 use sandbox::network::Network;
-use sandbox::plan::{self, ROOTFS_TAG, ShareTags, VOLUMES_TAG, VmSize, Volume};
-use sandbox::share::{self, Rootfs};
+use sandbox::plan::{self, ShareTags, VmSize, Volume};
+use sandbox::share::{self, Rootfs, Share};
 use sandbox::socket;
 use sandbox::state::Status;
 use sandbox::{BootRequest, CachePolicy, CallError, ProcessId, ProcessStreams, Sandbox, WantedStreams};
@@ -105,7 +105,7 @@ struct Run {
 struct Prepared {
     spec: Spec,
     tree: OwnedFd,
-    shares: Vec<(String, OwnedFd, CachePolicy)>,
+    shares: Vec<Share>,
     /// Of the host, by their names in the guest.
     sockets: Vec<(String, Volume)>,
     network: Network,
@@ -222,14 +222,14 @@ impl Run {
         let sockets: Vec<(String, Volume)> = (0..).zip(socket::sockets(&spec)).map(named).collect();
         let guest_path = |(name, socket): &(String, Volume)| (socket.clone(), plan::guest_memory_volume(name));
         let in_guest = sockets.iter().map(guest_path).collect();
-        let mut planned = plan::plan(spec, &ShareTags::only(), &in_guest)?;
+        let tags = ShareTags::only();
+        let mut planned = plan::plan(spec, &tags, &in_guest)?;
         if args.init {
             plan::add_init(&mut planned.spec);
         }
-        let mut shares = vec![(ROOTFS_TAG.to_owned(), tree.try_clone()?, CachePolicy::Always)];
-        if !planned.volumes.is_empty() {
-            let volumes = share::volumes_tree(planned.volumes, &scratch)?;
-            shares.push((VOLUMES_TAG.to_owned(), volumes, CachePolicy::Auto));
+        let mut shares = vec![Share::of_tree(&tags.rootfs, tree.try_clone()?, CachePolicy::Always)];
+        for (share, volumes) in planned.volumes {
+            shares.push(share::volumes_share(&tags, share, volumes, &scratch)?);
         }
         let mut network = network::create(args, self.size.vcpus, &record.data_dir())?;
         if image.bundle.is_none() && network::is_wished(args) {

@@ -35,6 +35,9 @@ pub enum Request {
         tag: String,
         /// How long the guest may trust what it cached.
         cache: CachePolicy,
+        /// Refuse whatever writes, as in [`crate::ShareConfig`].
+        #[serde(default)]
+        read_only: bool,
     },
     /// Pull a shared directory out. The guest should have unmounted it.
     RemoveShare {

@@ -107,17 +107,23 @@ pub struct ShareConfig {
     pub root: Fd,
     /// How long the guest may trust what it cached.
     pub cache: CachePolicy,
+    /// Refuse whatever writes, also where the mounts below the directory would allow it.
+    #[serde(default)]
+    pub read_only: bool,
 }
 
 /// What a guest may cache of a share.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum CachePolicy {
     /// Nothing: every access reaches the host.
     Never,
     /// Data and attributes, for one second; re-validated on open.
     #[default]
     Auto,
+    /// As `Auto` for what is in use, and nothing of what is not, so that the VMM holds no descriptor that would keep the host from
+    /// unmounting it: for a share below which mounts come and go. They are plain directories of one file system to the guest.
+    InUse,
     /// Everything, until evicted: only for a share that nobody else writes to.
     Always,
 }

@@ -1,11 +1,11 @@
 //! Snapshots of plans, and each refusal.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 
 use oci_spec::runtime::{MountBuilder, Spec};
 
-use super::{Plan, PlanError, ShareTags, VmSize, Volume, guest_memory_volume, plan, vm_size};
+use super::{Plan, PlanError, Propagation, ShareTags, VmSize, Volume, VolumeShare, guest_memory_volume, plan, vm_size};
 
 fn spec_with_bind(source: &str, options: &[&str]) -> Spec {
     let mount = MountBuilder::default()
@@ -20,6 +20,10 @@ fn spec_with_bind(source: &str, options: &[&str]) -> Spec {
     spec
 }
 
+fn volume(source: &str, read_only: bool, propagation: Propagation) -> Volume {
+    Volume { source: PathBuf::from(source), read_only, propagation }
+}
+
 fn alone(spec: Spec) -> Result<Plan, PlanError> {
     plan(spec, &ShareTags::only(), &HashMap::new())
 }
@@ -27,17 +31,52 @@ fn alone(spec: Spec) -> Result<Plan, PlanError> {
 #[test]
 fn a_volume_gets_a_guest_path() {
     let planned = alone(spec_with_bind("/srv/data", &["rbind", "ro"])).expect("plan");
-    assert_eq!(planned.volumes, [Volume { source: PathBuf::from("/srv/data"), read_only: true }]);
+    let data = volume("/srv/data", true, Propagation::Private);
+    assert_eq!(planned.volumes, BTreeMap::from([(VolumeShare::Private, vec![data])]));
     let mounts = planned.spec.mounts().clone().expect("mounts");
     assert_eq!(mounts[0].source(), &Some(PathBuf::from("/run/share/volumes/v0")));
     assert_eq!(planned.spec.root().clone().expect("root").path(), &PathBuf::from("/run/share/rootfs"));
 }
 
 #[test]
+fn volumes_that_later_mounts_come_to_have_shares_of_their_own() {
+    let mut spec = spec_with_bind("/srv/data", &["rbind", "rprivate"]);
+    for (source, options) in [("/disks", ["rbind", "rslave"]), ("/a", ["ro", "slave"]), ("/b", ["rslave", "rro"])] {
+        let other = spec_with_bind(source, &options).mounts().clone().expect("mounts");
+        spec.mounts_mut().as_mut().expect("mounts").extend(other);
+    }
+    let planned = alone(spec).expect("plan");
+    let (disks, a) = (volume("/disks", false, Propagation::Slave), volume("/a", true, Propagation::Slave));
+    let b = volume("/b", true, Propagation::Slave);
+    let expected = [
+        (VolumeShare::Private, vec![volume("/srv/data", false, Propagation::Private)]),
+        (VolumeShare::Slave, vec![disks]),
+        (VolumeShare::ReadOnlySlave, vec![a, b]),
+    ];
+    assert_eq!(planned.volumes, BTreeMap::from(expected));
+    let mounts = planned.spec.mounts().clone().expect("mounts");
+    let sources: Vec<_> = mounts.iter().map(|mount| mount.source().clone().expect("a source")).collect();
+    let names = ["volumes/v0", "volumes-slave/v0", "volumes-slave-ro/v0", "volumes-slave-ro/v1"];
+    assert_eq!(sources, names.map(|name| PathBuf::from("/run/share").join(name)));
+}
+
+#[test]
+fn mounts_of_the_guest_do_not_come_to_the_host() {
+    for option in ["shared", "rshared"] {
+        let error = alone(spec_with_bind("/srv/data", &["rbind", option])).expect_err("refused");
+        assert_eq!(error, PlanError::Shared { destination: PathBuf::from("/mnt") });
+    }
+    let mut spec = Spec::default();
+    let of_kernel = MountBuilder::default().destination("/proc").typ("proc").options(vec!["rshared".to_owned()]);
+    spec.set_mounts(Some(vec![of_kernel.build().expect("mount")]));
+    alone(spec).expect("it is not a bind mount");
+}
+
+#[test]
 fn other_mounts_stay_as_they_are() {
     let spec = Spec::default();
     let planned = alone(spec.clone()).expect("plan");
-    assert_eq!(planned.volumes, []);
+    assert!(planned.volumes.is_empty());
     assert_eq!(planned.spec.mounts(), spec.mounts());
 }
 
@@ -47,12 +86,12 @@ fn shared_memory_is_the_guests_unless_the_guest_has_a_volume_for_it() {
     spec.mounts_mut().as_mut().expect("mounts")[0].set_destination("/dev/shm".into());
     let source = |in_guest| {
         let planned = plan(spec.clone(), &ShareTags::only(), &in_guest).expect("plan");
-        assert_eq!(planned.volumes, []);
+        assert!(planned.volumes.is_empty());
         planned.spec.mounts().clone().expect("mounts")[0].source().clone().expect("a source")
     };
     assert_eq!(source(HashMap::new()), PathBuf::from("/dev/shm"));
-    let volume = Volume { source: PathBuf::from("/run/pod/shm"), read_only: false };
-    assert_eq!(source(HashMap::from([(volume, guest_memory_volume("m0"))])), PathBuf::from("/run/share/m0"));
+    let shm = volume("/run/pod/shm", false, Propagation::Private);
+    assert_eq!(source(HashMap::from([(shm, guest_memory_volume("m0"))])), PathBuf::from("/run/share/m0"));
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStringExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// A mount, or a part of one that is mounted elsewhere too.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -17,6 +17,8 @@ pub struct Mounted {
     pub mount_point: PathBuf,
     /// Type of the file system.
     pub fstype: String,
+    /// What is mounted below it later comes to its copies in other mount namespaces: it is shared, or a slave of one that is.
+    pub propagates: bool,
 }
 
 /// Every mount that this thread sees, each after the one that it is mounted on.
@@ -25,6 +27,14 @@ pub struct Mounted {
 /// When the kernel does not tell.
 pub fn mount_table() -> io::Result<Vec<Mounted>> {
     Ok(parse(&fs::read("/proc/thread-self/mountinfo")?))
+}
+
+/// The mount of a table that a path is on, if the path has no symbolic links.
+#[must_use]
+pub fn mount_of<'table>(table: &'table [Mounted], path: &Path) -> Option<&'table Mounted> {
+    // Of several at the same place this is the last one, which hides the others.
+    let at = table.iter().filter(|mounted| path.starts_with(&mounted.mount_point));
+    at.max_by_key(|mounted| mounted.mount_point.components().count())
 }
 
 /// A line that is not one is left out; the kernel writes none.
@@ -42,6 +52,7 @@ fn parse_line(line: &[u8]) -> Option<Mounted> {
         root: unescape_octal(fields.get(3)?),
         mount_point: unescape_octal(fields.get(4)?),
         fstype: text(fields.get(dash + 1)?),
+        propagates: fields[6..dash].iter().any(|field| field.starts_with(b"shared:") || field.starts_with(b"master:")),
     })
 }
 
@@ -67,23 +78,40 @@ fn unescape_octal(field: &[u8]) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
+    use std::path::{Path, PathBuf};
 
     use proptest::prelude::{any, proptest};
 
-    use super::{Mounted, parse};
+    use super::{Mounted, mount_of, parse};
 
     #[test]
     fn mounts_are_read_with_their_blanks() {
         let mountinfo = b"36 35 98:0 /mnt1 /a\\040b\\134 rw,noatime master:1 - ext3 /dev/root rw\n\
             37 36 0:41 / /c ro - tmpfs t rw\n";
-        let mounted = |device: &str, root: &str, mount_point: &str, fstype: &str| Mounted {
-            device: device.to_owned(),
-            root: PathBuf::from(root),
-            mount_point: PathBuf::from(mount_point),
-            fstype: fstype.to_owned(),
+        let first = Mounted {
+            device: "98:0".to_owned(),
+            root: PathBuf::from("/mnt1"),
+            mount_point: PathBuf::from("/a b\\"),
+            fstype: "ext3".to_owned(),
+            propagates: true,
         };
-        assert_eq!(parse(mountinfo), [mounted("98:0", "/mnt1", "/a b\\", "ext3"), mounted("0:41", "/", "/c", "tmpfs")]);
+        let second = Mounted {
+            device: "0:41".to_owned(),
+            root: PathBuf::from("/"),
+            mount_point: PathBuf::from("/c"),
+            fstype: "tmpfs".to_owned(),
+            propagates: false,
+        };
+        assert_eq!(parse(mountinfo), [first, second]);
+    }
+
+    #[test]
+    fn a_path_is_on_the_last_of_the_nearest_mounts() {
+        let mountinfo =
+            b"1 0 8:1 / / rw shared:1 - ext4 a rw\n2 1 8:2 / /d rw - ext4 b rw\n3 2 8:3 / /d rw shared:2 - xfs c rw\n";
+        let table = parse(mountinfo);
+        let device = |path: &str| mount_of(&table, Path::new(path)).map(|mounted| mounted.device.as_str());
+        assert_eq!([device("/d/x"), device("/dx")], [Some("8:3"), Some("8:1")]);
     }
 
     proptest! {

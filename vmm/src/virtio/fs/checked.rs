@@ -3,6 +3,9 @@
 //! The crate passes names on to the kernel as they came and relies on a root directory of its own (CVE-2026-47243), so here
 //! a name is one path component or the request is refused. It also makes device nodes; ours never do. Called by the
 //! crate's server on the workers' threads, after it has copied the request out of guest memory.
+//!
+//! The crate opens regular files and directories only, whatever the mount says about devices: a mount that the host has made since,
+//! without `nodev`, leads to none.
 
 use std::ffi::CStr;
 use std::io;
@@ -16,25 +19,43 @@ use virtiofsd::fuse;
 use virtiofsd::passthrough::PassthroughFs;
 use vmm_api::CachePolicy;
 
-use super::ALWAYS_TIMEOUT;
 use super::unchanged::OpenedFiles;
+use super::{ALWAYS_TIMEOUT, Rules};
 
 /// A directory of the host behind the checks.
 pub(super) struct CheckedFs {
     fs: PassthroughFs,
     /// How long the guest may believe that a name does not exist.
     missing_timeout: Duration,
-    /// Under [`CachePolicy::Auto`]: what the guest opened, to tell at the next open whether its cached pages are still true.
+    /// Where pages are kept and others write too: what the guest opened, to tell at the next open whether its pages are still true.
     opened: Option<OpenedFiles>,
+    /// Whatever writes is refused. The mounts that were there at the start are read-only themselves; those that the host has made below
+    /// them since are not.
+    read_only: bool,
 }
 
 impl CheckedFs {
     /// The crate's file system with the rules of a cache policy that the crate does not have.
-    pub(super) fn new(fs: PassthroughFs, cache: CachePolicy) -> Self {
+    pub(super) fn new(fs: PassthroughFs, Rules { cache, read_only }: Rules) -> Self {
         let missing_timeout = if cache == CachePolicy::Always { ALWAYS_TIMEOUT } else { Duration::ZERO };
-        Self { fs, missing_timeout, opened: (cache == CachePolicy::Auto).then(OpenedFiles::default) }
+        let compares = matches!(cache, CachePolicy::Auto | CachePolicy::InUse);
+        Self { fs, missing_timeout, opened: compares.then(OpenedFiles::default), read_only }
+    }
+
+    /// Before each request that changes something.
+    fn check_writable(&self) -> io::Result<()> {
+        if self.read_only { Err(io::Error::from_raw_os_error(libc::EROFS)) } else { Ok(()) }
+    }
+
+    /// Before a file or a directory is opened: the crate passes the flags on.
+    fn check_flags(&self, flags: u32) -> io::Result<()> {
+        if flags & WRITES == 0 { Ok(()) } else { self.check_writable() }
     }
 }
+
+/// Flags of open(2) with which a file is written, made or emptied. `O_TMPFILE` has the bit of `O_DIRECTORY` as well.
+const WRITES: u32 =
+    (libc::O_ACCMODE | libc::O_CREAT | libc::O_TRUNC | (libc::O_TMPFILE & !libc::O_DIRECTORY)).unsigned_abs();
 
 /// Refuses everything but a plain name: a slash would lead out of the directory, and a kernel resolves the dots itself.
 fn check_name(name: &CStr) -> io::Result<()> {
@@ -128,6 +149,7 @@ impl FileSystem for CheckedFs {
         handle: Option<Handle>,
         valid: SetattrValid,
     ) -> io::Result<(fuse::Attr, Duration)> {
+        self.check_writable()?;
         self.fs.setattr(ctx, inode, attr, handle, valid)
     }
 
@@ -143,6 +165,7 @@ impl FileSystem for CheckedFs {
         name: &CStr,
         extensions: Extensions,
     ) -> io::Result<Entry> {
+        self.check_writable()?;
         // The link's target is text that the guest resolves; the host never follows it.
         check_name(name)?;
         self.fs.symlink(ctx, linkname, parent, name, extensions)
@@ -158,6 +181,7 @@ impl FileSystem for CheckedFs {
         umask: u32,
         extensions: Extensions,
     ) -> io::Result<Entry> {
+        self.check_writable()?;
         check_name(name)?;
         check_node(mode, rdev)?;
         self.fs.mknod(ctx, inode, name, mode, rdev, umask, extensions)
@@ -172,16 +196,19 @@ impl FileSystem for CheckedFs {
         umask: u32,
         extensions: Extensions,
     ) -> io::Result<Entry> {
+        self.check_writable()?;
         check_name(name)?;
         self.fs.mkdir(ctx, parent, name, mode, umask, extensions)
     }
 
     fn unlink(&self, ctx: Context, parent: Inode, name: &CStr) -> io::Result<()> {
+        self.check_writable()?;
         check_name(name)?;
         self.fs.unlink(ctx, parent, name)
     }
 
     fn rmdir(&self, ctx: Context, parent: Inode, name: &CStr) -> io::Result<()> {
+        self.check_writable()?;
         check_name(name)?;
         self.fs.rmdir(ctx, parent, name)
     }
@@ -195,12 +222,14 @@ impl FileSystem for CheckedFs {
         newname: &CStr,
         flags: u32,
     ) -> io::Result<()> {
+        self.check_writable()?;
         check_name(oldname)?;
         check_name(newname)?;
         self.fs.rename(ctx, olddir, oldname, newdir, newname, flags)
     }
 
     fn link(&self, ctx: Context, inode: Inode, newparent: Inode, newname: &CStr) -> io::Result<Entry> {
+        self.check_writable()?;
         check_name(newname)?;
         self.fs.link(ctx, inode, newparent, newname)
     }
@@ -212,6 +241,7 @@ impl FileSystem for CheckedFs {
         kill_priv: bool,
         flags: u32,
     ) -> io::Result<(Option<Handle>, OpenOptions)> {
+        self.check_flags(flags)?;
         let (handle, mut options) = self.fs.open(ctx, inode, kill_priv, flags)?;
         if let Some(opened) = &self.opened {
             let unchanged = self.fs.getattr(ctx, inode, None).is_ok_and(|(attr, _)| opened.note(inode, &attr));
@@ -231,6 +261,7 @@ impl FileSystem for CheckedFs {
         umask: u32,
         extensions: Extensions,
     ) -> io::Result<(Entry, Option<Handle>, OpenOptions)> {
+        self.check_writable()?;
         check_name(name)?;
         self.fs.create(ctx, parent, name, mode, kill_priv, flags, umask, extensions)
     }
@@ -262,6 +293,7 @@ impl FileSystem for CheckedFs {
         kill_priv: bool,
         flags: u32,
     ) -> io::Result<usize> {
+        self.check_writable()?;
         self.fs.write(ctx, inode, handle, r, size, offset, lock_owner, delayed_write, kill_priv, flags)
     }
 
@@ -282,6 +314,7 @@ impl FileSystem for CheckedFs {
         offset: u64,
         length: u64,
     ) -> io::Result<()> {
+        self.check_writable()?;
         self.fs.fallocate(ctx, inode, handle, mode, offset, length)
     }
 
@@ -311,6 +344,7 @@ impl FileSystem for CheckedFs {
         flags: u32,
         extra_flags: SetxattrFlags,
     ) -> io::Result<()> {
+        self.check_writable()?;
         self.fs.setxattr(ctx, inode, name, value, flags, extra_flags)
     }
 
@@ -323,10 +357,12 @@ impl FileSystem for CheckedFs {
     }
 
     fn removexattr(&self, ctx: Context, inode: Inode, name: &CStr) -> io::Result<()> {
+        self.check_writable()?;
         self.fs.removexattr(ctx, inode, name)
     }
 
     fn opendir(&self, ctx: Context, inode: Inode, flags: u32) -> io::Result<(Option<Handle>, OpenOptions)> {
+        self.check_flags(flags)?;
         self.fs.opendir(ctx, inode, flags)
     }
 
@@ -362,6 +398,7 @@ impl FileSystem for CheckedFs {
         len: u64,
         flags: u64,
     ) -> io::Result<usize> {
+        self.check_writable()?;
         self.fs.copyfilerange(ctx, inode_in, handle_in, offset_in, inode_out, handle_out, offset_out, len, flags)
     }
 

@@ -2,7 +2,8 @@
 //! `virtiofsd` crate; queues, threads and limits are ours.
 //!
 //! Each request queue has a worker thread that answers in place: handing a request to another thread costs more than most
-//! requests do. The share's root arrives as a descriptor; whether it can be written to is a property of its mount.
+//! requests do. The share's root arrives as a descriptor; whether it can be written to is a property of its mount, and of the
+//! share's rules where mounts come later.
 
 use std::borrow::Cow;
 use std::io;
@@ -39,6 +40,15 @@ const ALWAYS_TIMEOUT: Duration = Duration::from_secs(86_400);
 /// Every inode that the guest knows holds a descriptor here, so a share may use this part of the process's limit.
 const GUEST_FD_SHARE: u64 = 4;
 
+/// How a directory is served.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Rules {
+    /// How long the guest may trust what it cached.
+    pub cache: CachePolicy,
+    /// Whatever writes is refused, whether or not the mounts below the directory would allow it.
+    pub read_only: bool,
+}
+
 /// Why a directory is not shared.
 #[derive(Debug, Error)]
 pub enum FsError {
@@ -46,7 +56,9 @@ pub enum FsError {
     #[error("a tag has 1 to {TAG_LEN} bytes")]
     Tag,
     /// From the directory a way leads up, to files of the host that are not shared.
-    #[error("the directory has a parent; share the root of a mount that is attached nowhere (open_tree)")]
+    #[error(
+        "the directory has a parent; share the root of a mount that is attached nowhere (open_tree), or of a namespace"
+    )]
     Parent,
     /// The directory cannot be served.
     #[error("cannot serve the directory")]
@@ -67,7 +79,7 @@ impl Fs {
     ///
     /// # Errors
     /// Each variant of [`FsError`].
-    pub fn open(tag: &str, root: OwnedFd, cache: CachePolicy, request_queues: u8) -> Result<Self, FsError> {
+    pub fn open(tag: &str, root: OwnedFd, rules: Rules, request_queues: u8) -> Result<Self, FsError> {
         if tag.is_empty() || tag.len() > TAG_LEN {
             return Err(FsError::Tag);
         }
@@ -79,20 +91,20 @@ impl Fs {
         config.resize(TAG_LEN, 0);
         let request_queues = request_queues.clamp(1, MAX_REQUEST_QUEUES);
         config.extend_from_slice(&u32::from(request_queues).to_le_bytes());
-        let fs = PassthroughFs::new(passthrough_config(&root, cache)).map_err(FsError::Open)?;
+        let fs = PassthroughFs::new(passthrough_config(&root, rules.cache)).map_err(FsError::Open)?;
         fs.open_root_node().map_err(FsError::Open)?;
         Ok(Self {
             config,
             // The high-priority queue comes first.
             queue_sizes: vec![QUEUE_SIZE; usize::from(request_queues) + 1],
-            server: Arc::new(Server::new(CheckedFs::new(fs, cache))),
+            server: Arc::new(Server::new(CheckedFs::new(fs, rules))),
             workers: Vec::new(),
             _root: root,
         })
     }
 }
 
-/// The root of a mount that is attached nowhere is its own parent.
+/// The root of a mount that is attached nowhere is its own parent, and so is that of a mount namespace.
 fn has_parent(root: &OwnedFd) -> io::Result<bool> {
     let wanted = StatxFlags::INO | StatxFlags::MNT_ID;
     let own = statx(root, ".", AtFlags::empty(), wanted)?;
@@ -101,24 +113,29 @@ fn has_parent(root: &OwnedFd) -> io::Result<bool> {
 }
 
 fn passthrough_config(root: &OwnedFd, cache: CachePolicy) -> passthrough::Config {
-    let (policy, timeout) = match cache {
-        CachePolicy::Never => (passthrough::CachePolicy::Never, Duration::ZERO),
-        CachePolicy::Auto => (passthrough::CachePolicy::Auto, AUTO_TIMEOUT),
-        CachePolicy::Always => (passthrough::CachePolicy::Always, ALWAYS_TIMEOUT),
+    let (policy, entry_timeout, attr_timeout) = match cache {
+        CachePolicy::Never => (passthrough::CachePolicy::Never, Duration::ZERO, Duration::ZERO),
+        CachePolicy::Auto => (passthrough::CachePolicy::Auto, AUTO_TIMEOUT, AUTO_TIMEOUT),
+        // Linux forgets a name that is not valid for any time when its last user is done with it (`delete_stale`).
+        CachePolicy::InUse => (passthrough::CachePolicy::Auto, Duration::ZERO, AUTO_TIMEOUT),
+        CachePolicy::Always => (passthrough::CachePolicy::Always, ALWAYS_TIMEOUT, ALWAYS_TIMEOUT),
     };
+    let keeps_names = cache != CachePolicy::InUse;
     let descriptor_limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
     passthrough::Config {
         // The final dot makes the lookup go through the link to the directory itself.
         root_dir: format!("/proc/self/fd/{}/.", root.as_raw_fd()),
         cache_policy: policy,
-        entry_timeout: timeout,
-        attr_timeout: timeout,
+        entry_timeout,
+        attr_timeout,
         // The guest's kernel then holds dirty pages and owns the modification time, which only a private tree allows.
         writeback: cache == CachePolicy::Always,
         xattr: true,
         posix_acl: passthrough::NegotiationMode::Auto,
-        announce_submounts: true,
-        readdirplus: true,
+        // What is announced the guest mounts as well, and its mount would hold the host's.
+        announce_submounts: keeps_names,
+        // Of names that are forgotten at once, attributes are of no use.
+        readdirplus: keeps_names,
         // Without it the guest asks for `security.capability` before each write.
         killpriv_v2: true,
         // A file that the guest may not cache can still be mapped shared.

@@ -9,6 +9,7 @@ use vmm_api::CachePolicy;
 
 use super::*;
 use crate::virtio::driver::DriverQueue;
+use crate::virtio::fs::Rules;
 use crate::virtio::fuzz::{Move, memory, steps};
 
 const REQUEST: u64 = 0x20_0000;
@@ -58,7 +59,8 @@ pub(crate) fn fuzz(data: &[u8]) {
     passthrough.open_root_node().expect("its root");
     let memory = memory();
     let mut driver = DriverQueue::fuzzed(&memory, 0);
-    let server = Arc::new(Server::new(CheckedFs::new(passthrough, CachePolicy::Always)));
+    let server =
+        Arc::new(Server::new(CheckedFs::new(passthrough, Rules { cache: CachePolicy::Always, read_only: false })));
     let queue = driver.activate_fuzzed(data.len().is_multiple_of(2));
     let mut serving = Serving { queue, memory: memory.clone(), server, stopping: Arc::new(AtomicBool::new(false)) };
 

@@ -11,22 +11,32 @@ use vmm_api::CachePolicy;
 use super::*;
 use crate::jail::Jail;
 use crate::virtio::driver::DriverQueue;
-use crate::virtio::fs::ALWAYS_TIMEOUT;
+use crate::virtio::fs::{ALWAYS_TIMEOUT, Fs, FsError, Rules};
 
 const REQUEST: u64 = 0x10_0000;
 const REPLY: u64 = 0x20_0000;
 const REPLY_LEN: u32 = 64 << 10;
 const ROOT: u64 = 1;
 const FUSE_LOOKUP: u32 = 1;
+const FUSE_SETATTR: u32 = 4;
 const FUSE_SYMLINK: u32 = 6;
 const FUSE_MKNOD: u32 = 8;
 const FUSE_MKDIR: u32 = 9;
 const FUSE_UNLINK: u32 = 10;
+const FUSE_RMDIR: u32 = 11;
 const FUSE_RENAME: u32 = 12;
 const FUSE_LINK: u32 = 13;
+const FUSE_OPEN: u32 = 14;
+const FUSE_WRITE: u32 = 16;
+const FUSE_SETXATTR: u32 = 21;
+const FUSE_REMOVEXATTR: u32 = 24;
 const FUSE_INIT: u32 = 26;
 const FUSE_SUBMOUNTS: u32 = 1 << 27;
+const FUSE_OPENDIR: u32 = 27;
 const FUSE_CREATE: u32 = 35;
+const FUSE_FALLOCATE: u32 = 43;
+const FUSE_RENAME2: u32 = 45;
+const FUSE_COPY_FILE_RANGE: u32 = 47;
 
 /// A directory `dir/share` behind a worker; `dir` is what a guest must not reach.
 struct Share {
@@ -38,6 +48,10 @@ struct Share {
 
 impl Share {
     fn new() -> Self {
+        Self::with(Rules { cache: CachePolicy::Always, read_only: false })
+    }
+
+    fn with(rules: Rules) -> Self {
         let dir = tempfile::tempdir().expect("a temporary folder");
         fs::create_dir(dir.path().join("share")).expect("a folder");
         fs::write(dir.path().join("outside"), "kept").expect("a file");
@@ -48,7 +62,7 @@ impl Share {
         fs.open_root_node().expect("its root");
         let memory = crate::memory::create(64).expect("memory");
         let driver = DriverQueue::new(&memory, 0x1_0000, 16);
-        let server = Arc::new(Server::new(CheckedFs::new(fs, CachePolicy::Always)));
+        let server = Arc::new(Server::new(CheckedFs::new(fs, rules)));
         let stopping = Arc::new(AtomicBool::new(false));
         let serving = Serving { queue: driver.activate(), memory: memory.clone(), server, stopping };
         let mut share = Self { dir, memory, driver, serving };
@@ -138,6 +152,47 @@ fn a_device_node_is_not_made() {
 }
 
 #[test]
+fn a_read_only_share_refuses_whatever_writes_although_its_mount_does_not() {
+    let mut share = Share::with(Rules { cache: CachePolicy::InUse, read_only: true });
+    let root = ROOT.to_le_bytes();
+    let rename2 = [&root[..], &[0; 8]].concat();
+    let refused = [
+        share.error_of(FUSE_SETATTR, &[0; 88], &[]),
+        share.error_of(FUSE_SYMLINK, &[], &["new", "target"]),
+        share.error_of(FUSE_MKNOD, &[0; 16], &["new"]),
+        share.error_of(FUSE_MKDIR, &[0; 8], &["new"]),
+        share.error_of(FUSE_UNLINK, &[], &["file"]),
+        share.error_of(FUSE_RMDIR, &[], &["file"]),
+        share.error_of(FUSE_RENAME, &root, &["file", "new"]),
+        share.error_of(FUSE_RENAME2, &rename2, &["file", "new"]),
+        share.error_of(FUSE_LINK, &root, &["new"]),
+        share.error_of(FUSE_CREATE, &[0; 16], &["new"]),
+        share.error_of(FUSE_WRITE, &[0; 40], &[]),
+        // A value of two bytes.
+        share.error_of(FUSE_SETXATTR, &[2, 0, 0, 0, 0, 0, 0, 0], &["user.a", "v"]),
+        share.error_of(FUSE_REMOVEXATTR, &[], &["user.a"]),
+        share.error_of(FUSE_FALLOCATE, &[0; 32], &[]),
+        share.error_of(FUSE_COPY_FILE_RANGE, &[0; 56], &[]),
+    ];
+    assert_eq!(refused, [-libc::EROFS; 15]);
+    assert_eq!(share.error_of(FUSE_LOOKUP, &[], &["file"]), 0);
+    assert_eq!(fs::read_to_string(share.dir.path().join("share/file")).expect("a file"), "data");
+    assert_eq!(fs::read_dir(share.dir.path().join("share")).expect("a folder").count(), 1);
+}
+
+#[test]
+fn a_read_only_share_opens_for_reading_only() {
+    let mut share = Share::with(Rules { cache: CachePolicy::InUse, read_only: true });
+    let with = |flags: i32| [flags.to_le_bytes(), [0; 4]].concat();
+    let writes = [libc::O_WRONLY, libc::O_RDWR, libc::O_ACCMODE, libc::O_TRUNC, libc::O_CREAT, libc::O_TMPFILE];
+    for flags in writes {
+        let refused = [FUSE_OPEN, FUSE_OPENDIR].map(|opcode| share.error_of(opcode, &with(flags), &[]));
+        assert_eq!(refused, [-libc::EROFS; 2], "{flags:o}");
+    }
+    assert_eq!(share.error_of(FUSE_OPENDIR, &with(libc::O_RDONLY | libc::O_DIRECTORY), &[]), 0);
+}
+
+#[test]
 fn a_request_without_room_for_an_answer_is_given_back() {
     let mut share = Share::new();
     share.write_request(48, FUSE_LOOKUP, ROOT, b"missing\0");
@@ -167,14 +222,14 @@ fn a_worker_that_is_dropped_ends() {
 #[test]
 fn a_directory_that_is_not_there_is_refused() {
     let file = tempfile::tempfile().expect("a temporary file");
-    let long = crate::virtio::fs::Fs::open(&"t".repeat(37), file.into(), CachePolicy::Auto, 1);
-    assert!(matches!(long, Err(crate::virtio::fs::FsError::Tag)));
+    let long = Fs::open(&"t".repeat(37), file.into(), Rules::default(), 1);
+    assert!(matches!(long, Err(FsError::Tag)));
     let dir = tempfile::tempdir().expect("a temporary folder");
     let below = File::open(dir.path()).expect("a folder");
-    let below = crate::virtio::fs::Fs::open("tag", below.into(), CachePolicy::Auto, 1);
-    assert!(matches!(below, Err(crate::virtio::fs::FsError::Parent)));
+    let below = Fs::open("tag", below.into(), Rules::default(), 1);
+    assert!(matches!(below, Err(FsError::Parent)));
     let root = File::open("/").expect("a folder");
-    let fs = crate::virtio::fs::Fs::open("tag", root.into(), CachePolicy::Auto, 200).expect("a share");
+    let fs = Fs::open("tag", root.into(), Rules::default(), 200).expect("a share");
     assert_eq!(crate::virtio::VirtioDevice::queue_sizes(&fs).len(), 5);
 }
 
