@@ -428,7 +428,7 @@ fn pods_have_the_network_of_cni(containerd: &mut Containerd) {
         let mut forwarded = cri.forward(containerd, &server, 80).await;
         forwarded.send(0, b"GET / HTTP/1.0\r\n\r\n");
         let answer = forwarded.receive_until(0, "page of the pod\n");
-        assert!(answer.starts_with("HTTP/1.0 200 OK") && answer.ends_with("page of the pod\n"), "{answer}");
+        assert!(answer.starts_with("HTTP/1.1 200 OK") && answer.ends_with("page of the pod\n"), "{answer}");
         assert_eq!(cri.forward(containerd, &server, 81).await.receive_until(0, "anything"), "");
         cri.remove_pod(&client).await.expect("removed");
         cri.remove_pod(&server).await.expect("removed");
