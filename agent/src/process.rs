@@ -8,7 +8,6 @@ use tokio::net::unix::pipe;
 use tokio::sync::watch;
 use tokio_vsock::VsockStream;
 
-use crate::bundle::Bundle;
 use crate::container::ContainerError;
 use crate::reaper::{Exit, Reaper};
 use crate::streams::{self, Carrier, InputEnd};
@@ -82,7 +81,7 @@ impl Making<'_> {
 
     async fn with_terminal(&self, reaper: &Reaper, streams: Streams) -> Result<Made, ContainerError> {
         let failed = ContainerError::io("make a terminal");
-        let socket = ConsoleSocket::bind(Bundle::of(self.container_id).path(), self.exec_id).map_err(&failed)?;
+        let socket = ConsoleSocket::bind().map_err(&failed)?;
         let path = socket.path().display().to_string();
         let null = streams::dev_null;
         let fds = vec![null().map_err(&failed)?, null().map_err(&failed)?, null().map_err(&failed)?];

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
@@ -19,9 +20,10 @@ pub(crate) struct ConsoleSocket {
 }
 
 impl ConsoleSocket {
-    /// Listens at a path of its own.
-    pub(crate) fn bind(folder: &Path, exec_id: &str) -> io::Result<Self> {
-        let path = folder.join(format!("console-{exec_id}.sock"));
+    /// Listens at a path of its own. It is numbered: two ids do not fit into the 107 bytes of a socket's path (unix(7)).
+    pub(crate) fn bind() -> io::Result<Self> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let path = PathBuf::from(format!("/run/agent/console-{}.sock", NEXT.fetch_add(1, Ordering::Relaxed)));
         let listener = UnixListener::bind(&path)?;
         Ok(Self { path, listener })
     }
@@ -56,7 +58,7 @@ impl ConsoleSocket {
 
 impl Drop for ConsoleSocket {
     fn drop(&mut self) {
-        // The folder goes with its container in any case.
+        // One that stays costs a name.
         let _ = std::fs::remove_file(&self.path);
     }
 }
