@@ -48,6 +48,7 @@ test: packages lint-rest
 bench: build
 	tests/bench/kernel-boot
 	tests/bench/start
+	tests/bench/network
 
 # Each target for so many seconds of one processor, see tests/fuzz/README.md.
 fuzz: SECONDS ?= 60
