@@ -59,11 +59,12 @@ class Wire:
         for name in (PEER, POD):
             ip(f"netns delete {name}")
 
-    def frames(self):
-        """Frames that the guest has received and sent, as the host's kernel carries them: a large segment is one."""
+    def carried(self):
+        """Frames and bytes that the guest has received and sent, as the host's kernel carries them: a large segment is one."""
         directory = "/sys/class/net/eth0/statistics"
-        text = run("ip", "netns", "exec", POD, "cat", f"{directory}/rx_packets", f"{directory}/tx_packets")
-        return sum(map(int, text.split()))
+        files = [f"{directory}/{side}_{unit}" for unit in ("packets", "bytes") for side in ("rx", "tx")]
+        counts = [int(line) for line in run("ip", "netns", "exec", POD, "cat", *files).split()]
+        return sum(counts[:2]), sum(counts[2:])
 
 
 class Exits:
@@ -221,10 +222,11 @@ def sample(name, options, wire, exits):
         wait_for_guest()
         figures = {}
         for measure, take in MEASURES.items():
-            counts, before = {}, wire.frames()
+            counts, before = {}, wire.carried()
             with exits.counted(subject.pid, counts):
                 figures[measure] = take(options.seconds)
-            frames = wire.frames() - before
+            frames, size = (after - earlier for after, earlier in zip(wire.carried(), before))
+            figures[f"{measure}: bytes for each frame"] = size / frames
             for kind, count in counts.items():
                 figures[f"{measure}: {kind} for each frame"] = count / frames
         return figures
