@@ -3,11 +3,11 @@
 pub(crate) mod stats;
 
 use std::io;
-use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use std::{fs, mem};
 
+use bpf::{BPF_CGROUP_DEVICE, BPF_PROG_TYPE_CGROUP_DEVICE};
 use oci_spec::runtime::LinuxDeviceCgroup;
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use tokio::io::unix::AsyncFd;
@@ -82,7 +82,8 @@ impl Cgroup {
     /// Lets its processes open and make the devices that the rules allow, and no others.
     pub(crate) fn restrict_devices(&self, rules: &[LinuxDeviceCgroup]) -> io::Result<()> {
         let folder = fs::File::open(&self.0)?;
-        sys::attach_device_program(folder.as_fd(), &devices::program(rules)?)
+        let program = bpf::load(BPF_PROG_TYPE_CGROUP_DEVICE, BPF_CGROUP_DEVICE, &devices::program(rules)?)?;
+        bpf::attach(&program, &folder, BPF_CGROUP_DEVICE)
     }
 
     pub(crate) fn memory_events_path(&self) -> PathBuf {

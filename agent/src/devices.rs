@@ -13,6 +13,7 @@
 
 use std::io;
 
+use bpf::{AND, EXIT, Instruction, JUMP_IF_EQUAL, JUMP_IF_NOT_EQUAL, LOAD_WORD, MOVE, MOVE_REGISTER, SHIFT_RIGHT};
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
 
 /// Most rules of a spec.
@@ -25,16 +26,6 @@ const BPF_DEVCG_ACC_MKNOD: i32 = 1;
 const BPF_DEVCG_ACC_READ: i32 = 2;
 const BPF_DEVCG_ACC_WRITE: i32 = 4;
 const ALL_ACCESS: i32 = BPF_DEVCG_ACC_MKNOD | BPF_DEVCG_ACC_READ | BPF_DEVCG_ACC_WRITE;
-
-// linux/bpf_common.h: operation codes.
-const LOAD_WORD: u8 = 0x61; // BPF_LDX | BPF_MEM | BPF_W
-const MOVE: u8 = 0xb4; // BPF_ALU | BPF_MOV | BPF_K
-const MOVE_REGISTER: u8 = 0xbc; // BPF_ALU | BPF_MOV | BPF_X
-const AND: u8 = 0x54; // BPF_ALU | BPF_AND | BPF_K
-const SHIFT_RIGHT: u8 = 0x74; // BPF_ALU | BPF_RSH | BPF_K
-const JUMP_IF_EQUAL: u8 = 0x15; // BPF_JMP | BPF_JEQ | BPF_K
-const JUMP_IF_NOT_EQUAL: u8 = 0x55; // BPF_JMP | BPF_JNE | BPF_K
-const EXIT: u8 = 0x95; // BPF_JMP | BPF_EXIT
 
 const CONTEXT: u8 = 1;
 const TYPE: u8 = 2;
@@ -78,18 +69,18 @@ const ALWAYS: [Rule; 11] = [
 ];
 
 /// The instructions of the program.
-pub(crate) fn program(rules: &[LinuxDeviceCgroup]) -> io::Result<Vec<u64>> {
+pub(crate) fn program(rules: &[LinuxDeviceCgroup]) -> io::Result<Vec<Instruction>> {
     if rules.len() > MAX_RULES {
         return Err(io::Error::other(format!("{} device rules: at most {MAX_RULES}", rules.len())));
     }
     let rules = rules.iter().map(Rule::from_oci).collect::<io::Result<Vec<_>>>()?;
     let mut code = vec![
-        instruction(LOAD_WORD, TYPE, CONTEXT, 0, 0),
-        instruction(MOVE_REGISTER, ACCESS, TYPE, 0, 0),
-        instruction(AND, TYPE, 0, 0, 0xffff),
-        instruction(SHIFT_RIGHT, ACCESS, 0, 0, 16),
-        instruction(LOAD_WORD, MAJOR, CONTEXT, 4, 0),
-        instruction(LOAD_WORD, MINOR, CONTEXT, 8, 0),
+        Instruction::new(LOAD_WORD, TYPE, CONTEXT, 0, 0),
+        Instruction::new(MOVE_REGISTER, ACCESS, TYPE, 0, 0),
+        Instruction::new(AND, TYPE, 0, 0, 0xffff),
+        Instruction::new(SHIFT_RIGHT, ACCESS, 0, 0, 16),
+        Instruction::new(LOAD_WORD, MAJOR, CONTEXT, 4, 0),
+        Instruction::new(LOAD_WORD, MINOR, CONTEXT, 8, 0),
     ];
     for rule in rules.iter().chain(&ALWAYS).rev() {
         rule.append_to(&mut code);
@@ -123,7 +114,7 @@ impl Rule {
         Ok(Self { allow: rule.allow(), typ, major: number(rule.major())?, minor: number(rule.minor())?, access })
     }
 
-    fn append_to(self, code: &mut Vec<u64>) {
+    fn append_to(self, code: &mut Vec<Instruction>) {
         let act = self.act();
         let tests: Vec<(u8, i32)> = [(TYPE, self.typ), (MAJOR, self.major), (MINOR, self.minor)]
             .into_iter()
@@ -132,37 +123,30 @@ impl Rule {
         for (index, &(register, wanted)) in tests.iter().enumerate() {
             // Past the other tests and the act, to the next rule.
             let skipped = tests.len() - index - 1 + act.len();
-            code.push(instruction(JUMP_IF_NOT_EQUAL, register, 0, i16::try_from(skipped).unwrap_or(0), wanted));
+            code.push(Instruction::new(JUMP_IF_NOT_EQUAL, register, 0, i16::try_from(skipped).unwrap_or(0), wanted));
         }
         code.extend(act);
     }
 
     /// What is done when the rule is for the device.
-    fn act(self) -> Vec<u64> {
+    fn act(self) -> Vec<Instruction> {
         let mut act = Vec::new();
         let (tested, jump) = if self.allow {
-            act.push(instruction(AND, ACCESS, 0, 0, ALL_ACCESS & !self.access));
+            act.push(Instruction::new(AND, ACCESS, 0, 0, ALL_ACCESS & !self.access));
             (ACCESS, JUMP_IF_NOT_EQUAL)
         } else {
-            act.push(instruction(MOVE_REGISTER, SCRATCH, ACCESS, 0, 0));
-            act.push(instruction(AND, SCRATCH, 0, 0, self.access));
+            act.push(Instruction::new(MOVE_REGISTER, SCRATCH, ACCESS, 0, 0));
+            act.push(Instruction::new(AND, SCRATCH, 0, 0, self.access));
             (SCRATCH, JUMP_IF_EQUAL)
         };
-        act.push(instruction(jump, tested, 0, 2, 0));
+        act.push(Instruction::new(jump, tested, 0, 2, 0));
         act.extend(return_value(i32::from(self.allow)));
         act
     }
 }
 
-fn return_value(value: i32) -> [u64; 2] {
-    [instruction(MOVE, RESULT, 0, 0, value), instruction(EXIT, 0, 0, 0, 0)]
-}
-
-/// `struct bpf_insn`: code, registers (destination in the low half), offset, constant.
-fn instruction(code: u8, destination: u8, source: u8, offset: i16, constant: i32) -> u64 {
-    let [offset_low, offset_high] = offset.to_ne_bytes();
-    let [a, b, c, d] = constant.to_ne_bytes();
-    u64::from_ne_bytes([code, destination | source << 4, offset_low, offset_high, a, b, c, d])
+fn return_value(value: i32) -> [Instruction; 2] {
+    [Instruction::new(MOVE, RESULT, 0, 0, value), Instruction::new(EXIT, 0, 0, 0, 0)]
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::process::{Command, Stdio};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -222,11 +223,7 @@ fn containers_on_the_bridge_reach_each_other_and_the_outside_and_are_reached_at_
         assert!(outcome(here).success().starts_with("root:"), "{url}");
     }
     let script = "cat /etc/resolv.conf; wget -q -O - http://10.214.0.7/passwd; nc -w 60 192.0.2.1 80 </dev/null";
-    let greeter = std::thread::spawn(move || {
-        let (mut connection, from) = listener.accept().expect("a connection");
-        connection.write_all(b"greetings").expect("sent");
-        from.ip().to_string()
-    });
+    let greeter = greet(listener);
     let other = story.run(&["--network", "bridge", "--dns", "192.0.2.53"], &["sh", "-c", script]);
     assert_eq!(greeter.join().expect("no panic"), "192.0.2.2", "the host's address stands for the container's");
     assert!(other.success().starts_with("nameserver 192.0.2.53\nroot:"), "{other:?}");
@@ -244,6 +241,15 @@ fn containers_on_the_bridge_reach_each_other_and_the_outside_and_are_reached_at_
     assert_eq!(story.call(&["gc"]).success(), "web\n");
     assert_ne!(outside.run(&curl("192.0.2.2:8080")).code, 0, "nobody is there");
     assert!(given_addresses("web").is_empty(), "they are given back");
+}
+
+/// Greets the first who connects; the thread returns where that came from.
+fn greet(listener: TcpListener) -> JoinHandle<String> {
+    std::thread::spawn(move || {
+        let (mut connection, from) = listener.accept().expect("a connection");
+        connection.write_all(b"greetings").expect("sent");
+        from.ip().to_string()
+    })
 }
 
 /// Addresses that a container has of the bridge's, as the plugin writes them down for all of a host.
@@ -283,11 +289,7 @@ fn containers_on_the_bridge_have_ipv6_and_are_reached_over_it_at_ports_of_the_ho
     }
     let script = "cat /etc/hosts; for at in 10.214.0.1 fd00:214::1; do ping -c 1 -W 30 $at || exit; done; \
         wget -q -O - 'http://[fd00:214::7]/passwd'; nc -w 60 fd99::1 80 </dev/null";
-    let greeter = std::thread::spawn(move || {
-        let (mut connection, from) = listener.accept().expect("a connection");
-        connection.write_all(b"greetings").expect("sent");
-        from.ip().to_string()
-    });
+    let greeter = greet(listener);
     let options = ["--network", "bridge", "--cap-add", "NET_RAW", "--hostname", "other"];
     let other = story.run(&options, &["sh", "-c", script]);
     let named: Vec<&str> = other.success().lines().filter_map(|line| line.strip_suffix("\tother")).collect();

@@ -11,15 +11,15 @@ fn rules(json: serde_json::Value) -> Vec<LinuxDeviceCgroup> {
 
 /// What the program says of one access.
 fn allows(rules: &[LinuxDeviceCgroup], typ: i32, access: i32, major: i32, minor: i32) -> bool {
-    let code = program(rules).expect("a program");
+    let program = program(rules).expect("a program");
     let context = [access << 16 | typ, major, minor];
     let mut registers = [0_i32; 8];
     let mut at = 0;
     loop {
-        let [code, registers_named, low, high, a, b, c, d] = code[at].to_ne_bytes();
-        let (to, from) = (usize::from(registers_named & 15), usize::from(registers_named >> 4));
-        let offset = usize::try_from(i16::from_ne_bytes([low, high])).expect("forward");
-        let constant = i32::from_ne_bytes([a, b, c, d]);
+        let instruction = program[at];
+        let (to, from) = (usize::from(instruction.destination()), usize::from(instruction.source()));
+        let Instruction { code, offset, constant, .. } = instruction;
+        let offset = usize::try_from(offset).expect("forward");
         at += 1;
         match code {
             LOAD_WORD => registers[to] = context[offset / 4],

@@ -135,6 +135,11 @@ impl Pod {
             return Err(TaskError::Exists { what: "VM of", id: self.id.clone() });
         }
         self.watch(vm.clone());
+        if place.netns.is_some() {
+            // Nobody else has one to dial in.
+            let forwarded = vm.clone();
+            tokio::spawn(async move { forwarded.sandbox.serve_loopback().await });
+        }
         Ok(vm)
     }
 

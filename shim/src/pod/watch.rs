@@ -13,13 +13,12 @@ use crate::vm::Vm;
 impl Pod {
     /// Begins to listen to a VM that has booted.
     pub(super) fn watch(self: &Arc<Self>, vm: Arc<Vm>) {
-        let (pod, followed, forwarded) = (self.clone(), vm.clone(), vm.clone());
+        let (pod, followed) = (self.clone(), vm.clone());
         tokio::spawn(async move {
             let exit = pod.listen(&vm).await;
             pod.settle_all(&vm, &exit).await;
         });
         tokio::spawn(async move { followed.sandbox.follow_network().await });
-        tokio::spawn(async move { forwarded.sandbox.serve_loopback().await });
     }
 
     /// Passes events on until the VM ends.
