@@ -224,14 +224,15 @@ fn containers_on_the_bridge_reach_each_other_and_the_outside_and_are_reached_at_
     }
     let script = "cat /etc/resolv.conf; wget -q -O - http://10.214.0.7/passwd; nc -w 60 192.0.2.1 80 </dev/null";
     let greeter = greet(listener);
-    let other = story.run(&["--network", "bridge", "--dns", "192.0.2.53"], &["sh", "-c", script]);
+    let other =
+        story.run(&["--name", "web-other", "--network", "bridge", "--dns", "192.0.2.53"], &["sh", "-c", script]);
     assert_eq!(greeter.join().expect("no panic"), "192.0.2.2", "the host's address stands for the container's");
     assert!(other.success().starts_with("nameserver 192.0.2.53\nroot:"), "{other:?}");
     assert!(other.stdout.ends_with("greetings"), "{other:?}");
-    let taken = story.run(&["--network", "bridge", "-p", "8080:80"], &["true"]);
+    let taken = story.run(&["--name", "web-taken", "--network", "bridge", "-p", "8080:80"], &["true"]);
     assert_eq!(taken.code, 125);
     assert!(taken.stderr.contains("cannot take 0.0.0.0:8080: Address already in use"), "{taken:?}");
-    let address = story.run(&["--network", "bridge", "--ip", "10.214.0.7"], &["true"]);
+    let address = story.run(&["--name", "web-twice", "--network", "bridge", "--ip", "10.214.0.7"], &["true"]);
     assert!(address.stderr.contains("the CNI plugin bridge refused ADD") && address.code == 125, "{address:?}");
     let used = story.call(&["stats", "--no-stream", "--json", "web"]);
     let used: serde_json::Value = serde_json::from_str(used.success()).expect("JSON");
@@ -252,11 +253,13 @@ fn greet(listener: TcpListener) -> JoinHandle<String> {
     })
 }
 
-/// Addresses that a container has of the bridge's, as the plugin writes them down for all of a host.
+/// Addresses of the bridge that `container`, and those whose names begin with its and a dash, have: the plugin writes them down for all
+/// of a host, so those of other stories are there too.
 fn given_addresses(container: &str) -> Vec<String> {
     let given = fs::read_dir("/var/lib/cni/networks/vmrun").expect("the plugin's folder").flatten();
-    let owner = format!("{container}.");
-    let owned = given.filter(|entry| fs::read_to_string(entry.path()).is_ok_and(|text| text.starts_with(&owner)));
+    let owners = [".", "-"].map(|end| format!("{container}{end}"));
+    let is_owned = |text: String| owners.iter().any(|owner| text.starts_with(owner));
+    let owned = given.filter(|entry| fs::read_to_string(entry.path()).is_ok_and(is_owned));
     owned.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
 }
 
@@ -290,14 +293,14 @@ fn containers_on_the_bridge_have_ipv6_and_are_reached_over_it_at_ports_of_the_ho
     let script = "cat /etc/hosts; for at in 10.214.0.1 fd00:214::1; do ping -c 1 -W 30 $at || exit; done; \
         wget -q -O - 'http://[fd00:214::7]/passwd'; nc -w 60 fd99::1 80 </dev/null";
     let greeter = greet(listener);
-    let options = ["--network", "bridge", "--cap-add", "NET_RAW", "--hostname", "other"];
+    let options = ["--name", "web6-other", "--network", "bridge", "--cap-add", "NET_RAW", "--hostname", "other"];
     let other = story.run(&options, &["sh", "-c", script]);
     let named: Vec<&str> = other.success().lines().filter_map(|line| line.strip_suffix("\tother")).collect();
     assert!(named.len() == 2 && named[0].starts_with("10.214."), "{other:?}");
     assert!(named[1].starts_with("fd00:214::"), "{other:?}");
     assert!(other.stdout.contains("\nroot:") && other.stdout.ends_with("greetings"), "{other:?}");
     assert_eq!(greeter.join().expect("no panic"), "fd99::2", "the host's address stands for the container's");
-    let address = story.run(&["--network", "bridge", "--ip6", "fd00:214::7"], &["true"]);
+    let address = story.run(&["--name", "web6-twice", "--network", "bridge", "--ip6", "fd00:214::7"], &["true"]);
     assert!(address.stderr.contains("the CNI plugin bridge refused ADD") && address.code == 125, "{address:?}");
     let loopback = story.run(&["--network", "bridge", "-p", "[::1]:8082:80"], &["true"]);
     assert!(loopback.stderr.contains("use --network user") && loopback.code == 125, "{loopback:?}");
