@@ -1,12 +1,12 @@
 //! The cgroup of a container (Documentation/admin-guide/cgroup-v2.rst): its processes, freezing, killing, its events.
 
-pub(crate) mod stats;
-
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use std::{fs, mem};
 
+use agent_api::cgroup;
+use agent_api::message::StatsReply;
 use bpf::{BPF_CGROUP_DEVICE, BPF_PROG_TYPE_CGROUP_DEVICE};
 use oci_spec::runtime::LinuxDeviceCgroup;
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
@@ -73,10 +73,15 @@ impl Cgroup {
         Ok(pids)
     }
 
+    /// What it uses.
+    pub(crate) fn stats(&self) -> io::Result<StatsReply> {
+        cgroup::stats(&self.0)
+    }
+
     /// How many processes the OOM killer has killed in it.
     pub(crate) fn oom_kill_count(&self) -> u64 {
         let events = self.read("memory.events").unwrap_or_default();
-        keyed(&events).find(|(key, _)| *key == "oom_kill").map_or(0, |(_, count)| count)
+        cgroup::keyed(&events).find(|(key, _)| *key == "oom_kill").map_or(0, |(_, count)| count)
     }
 
     /// Lets its processes open and make the devices that the rules allow, and no others.
@@ -98,7 +103,7 @@ impl Cgroup {
         let wait = async {
             loop {
                 let events = self.read("cgroup.events")?;
-                if keyed(&events).any(|(found, value)| found == key && value == wanted) {
+                if cgroup::keyed(&events).any(|(found, value)| found == key && value == wanted) {
                     return Ok(());
                 }
                 next_change(&changes).await?;
@@ -128,23 +133,4 @@ fn remove_tree(path: &Path) -> io::Result<()> {
         remove_tree(&below.path())?;
     }
     fs::remove_dir(path)
-}
-
-/// Lines of `key value`.
-fn keyed(text: &str) -> impl Iterator<Item = (&str, u64)> {
-    text.lines().filter_map(|line| {
-        let (key, value) = line.split_once(' ')?;
-        Some((key, value.trim().parse().ok()?))
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::keyed;
-
-    #[test]
-    fn flat_keyed_files_are_read_and_nonsense_is_skipped() {
-        let found: Vec<_> = keyed("oom 1\noom_kill 2\nnonsense\nbad x\n").collect();
-        assert_eq!(found, [("oom", 1), ("oom_kill", 2)]);
-    }
 }

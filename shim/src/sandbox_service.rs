@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::sandbox_api::{
     CreateSandboxRequest, CreateSandboxResponse, PingRequest, PingResponse, PlatformRequest, PlatformResponse,
     SandboxMetricsRequest, SandboxMetricsResponse, SandboxStatusRequest, SandboxStatusResponse, ShutdownSandboxRequest,
@@ -102,7 +101,7 @@ impl Sandbox for SandboxService {
         let metric = response.metrics.mut_or_insert_default();
         metric.timestamp = translate::timestamp(std::time::SystemTime::now());
         metric.id = request.sandbox_id;
-        metric.data = Some(metrics::any(&Metrics::new())?).into();
+        metric.data = Some(metrics::any(&self.0.vm()?.metrics())?).into();
         Ok(response)
     }
 }

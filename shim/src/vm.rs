@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use sandbox::artifacts::Artifacts;
 use sandbox::cgroup::HostCgroup;
@@ -16,6 +17,7 @@ use sandbox::{BootRequest, Sandbox};
 
 use crate::config::Config;
 use crate::error::TaskError;
+use crate::metrics;
 use crate::record::Record;
 
 /// Longest time for a friendly end, which writes back what the guest has not.
@@ -114,6 +116,12 @@ impl Vm {
     /// Process id of the VMM, which stands for the guest's processes on the host.
     pub(crate) fn pid(&self) -> u32 {
         self.sandbox.vmm_pid()
+    }
+
+    /// What it uses of the host, its guest's memory included. Of one that stayed in its starter's cgroup that is not known.
+    pub(crate) fn metrics(&self) -> Metrics {
+        let stats = self.cgroup.as_ref().and_then(|cgroup| cgroup.stats().ok());
+        stats.map_or_else(Metrics::new, |stats| metrics::metrics(&stats))
     }
 
     /// Ends it as it is. Takes no lock and waits for nothing.

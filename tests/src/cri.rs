@@ -22,6 +22,7 @@ use crate::becomes_true;
 use crate::containerd::{BUSYBOX, Containerd};
 
 mod channels;
+mod usage;
 
 pub use channels::Channels;
 
@@ -40,6 +41,7 @@ pub const SANDBOX_NOTREADY: i32 = 1;
 /// A connection to the CRI plugin; clones share it.
 #[derive(Clone)]
 pub struct Cri {
+    channel: Channel,
     runtime: RuntimeServiceClient<Channel>,
     dir: PathBuf,
     cgroup_parent: String,
@@ -51,8 +53,8 @@ impl Cri {
     /// # Panics
     /// When the plugin does not answer.
     pub async fn connect(containerd: &Containerd) -> Self {
-        let inner = containerd_client::connect(containerd.socket()).await.expect("containerd listens");
-        let mut runtime = RuntimeServiceClient::new(inner);
+        let channel = containerd_client::connect(containerd.socket()).await.expect("containerd listens");
+        let mut runtime = RuntimeServiceClient::new(channel.clone());
         // For a moment after its start the plugin refuses everything; the kubelet asks again as well.
         let initialized = async {
             while let Err(status) = runtime.status(limited(StatusRequest::default())).await {
@@ -61,7 +63,8 @@ impl Cri {
             }
         };
         tokio::time::timeout(DEADLINE, initialized).await.expect("the plugin is initialized");
-        Self { runtime, dir: containerd.path("logs"), cgroup_parent: format!("/{}", containerd.namespace()) }
+        let cgroup_parent = format!("/{}", containerd.namespace());
+        Self { channel, runtime, dir: containerd.path("logs"), cgroup_parent }
     }
 
     /// Runs a pod's sandbox; returns the pod.

@@ -6,6 +6,7 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::Duration;
 
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use k8s_cri::v1::{LinuxContainerResources, MountPropagation, NamespaceMode, PortMapping, Protocol};
 use rustix::process::Signal;
 use tests::containerd::{Check, Containerd, Release, share_of, tell, tell_share};
@@ -80,6 +81,11 @@ fn handler() -> &'static str {
     if Containerd::runtime() == "io.containerd.runc.v2" { "runc" } else { "vm" }
 }
 
+/// Whether that much memory was used as a guest's kernel alone takes, and time of a CPU.
+fn holds_a_guest(metrics: &Metrics) -> bool {
+    metrics.memory.usage > 16 << 20 && metrics.cpu.usage_usec > 0
+}
+
 async fn assert_pod_runs(cri: &mut Cri, pod: &Pod) {
     let one = cri.start(pod, container("one", WAIT)).await.expect("started");
     pod.log_shows("one", "up");
@@ -105,6 +111,7 @@ fn a_pod_has_its_name_its_resolver_and_its_sysctls(containerd: &mut Containerd) 
         assert_eq!(status.state, SANDBOX_READY);
         assert!(status.network.as_ref().is_some_and(|network| network.ip.starts_with("10.88.")), "{status:?}");
         assert_pod_runs(&mut cri, &pod).await;
+        assert!(handler() != "vm" || holds_a_guest(&cri.task_metrics(&pod).await), "the pod's task stands for its VM");
         let one = cri.start(&pod, container("two", WAIT)).await.expect("started");
         let resolver = cri.shell(&one, "cat /etc/resolv.conf").await;
         assert!(resolver.contains("nameserver 192.0.2.53") && resolver.contains("story.example.org"), "{resolver}");
@@ -459,6 +466,10 @@ fn a_pod_of_the_sandbox_service_runs_containers(containerd: &mut Containerd) {
         assert!(cri.pod_info(&pod).await.contains_key("memory_mib"), "it is the shim that tells about its VM");
         assert_pod_runs(&mut cri, &pod).await;
         assert_eq!(containerd.processes("vmm").len(), 1, "a pod is one VM");
+        if containerd.release == Release::Sid {
+            // The first with this method.
+            assert!(holds_a_guest(&cri.sandbox_metrics(&pod).await), "it is the VM that the host pays for");
+        }
         let looker = cri.start(&pod, container("looker", WAIT)).await.expect("started");
         let files = cri.shell(&looker, "cat /etc/hostname /etc/hosts /etc/resolv.conf").await;
         assert!(files.starts_with("story-pod\n127.0.0.1\tlocalhost\n"), "{files}");

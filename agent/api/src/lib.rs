@@ -15,6 +15,8 @@ mod generated {
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }
 
+pub mod cgroup;
+
 pub use generated::agent as message;
 pub use generated::agent_ttrpc as service;
 

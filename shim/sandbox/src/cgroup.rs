@@ -9,6 +9,7 @@ use std::path::{Component, Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use agent_api::message::StatsReply;
 use thiserror::Error;
 
 use crate::plan::VmSize;
@@ -133,7 +134,15 @@ impl HostCgroup {
     #[must_use]
     pub fn was_out_of_memory(&self) -> bool {
         let events = fs::read_to_string(self.0.join("memory.events")).unwrap_or_default();
-        events.lines().any(|line| line.strip_prefix("oom_kill ").is_some_and(|count| count != "0"))
+        agent_api::cgroup::keyed(&events).any(|(key, count)| key == "oom_kill" && count != 0)
+    }
+
+    /// What its processes use.
+    ///
+    /// # Errors
+    /// [`CgroupError::Host`].
+    pub fn stats(&self) -> Result<StatsReply, CgroupError> {
+        agent_api::cgroup::stats(&self.0).map_err(CgroupError::host("read", &self.0))
     }
 
     /// Removes it. Somebody else's processes keep it.

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use containerd_shim_protos::api::ProcessInfo;
-use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::events::task::{TaskPaused, TaskResumed};
 use containerd_shim_protos::shim::oci::ProcessDetails;
 use oci_spec::runtime::LinuxResources;
@@ -61,10 +60,10 @@ impl Pod {
         Ok(self.vm()?.sandbox.update(id, resources).await?)
     }
 
-    /// What a container uses. The one that stands for the pod uses nothing.
+    /// What a container uses; of the one that stands for the pod, what the VM uses of the host.
     pub(crate) async fn stats(&self, id: &str) -> Result<Any, TaskError> {
         if self.container(id)?.role == Role::Pause {
-            return metrics::any(&Metrics::new());
+            return metrics::any(&self.vm()?.metrics());
         }
         metrics::any(&metrics::metrics(&self.vm()?.sandbox.stats(id).await?))
     }

@@ -1,15 +1,33 @@
-//! What a container uses, as the files of its cgroup say it.
+//! What the processes of a cgroup use, as its files say it (Documentation/admin-guide/cgroup-v2.rst): in the guest a container's, on the host
+//! a VM's.
 
 use std::collections::HashMap;
-use std::io;
+use std::path::Path;
+use std::{fs, io};
 
-use agent_api::message::{Pressure, StatsReply};
+use crate::message::{Pressure, StatsReply};
 
-use super::{Cgroup, keyed};
+/// Reads every controller. A file that a controller lacks in this kernel counts as zero.
+///
+/// # Errors
+/// The cgroup is not there.
+pub fn stats(folder: &Path) -> io::Result<StatsReply> {
+    Files(folder).stats()
+}
 
-impl Cgroup {
-    /// Reads every controller. A file that a controller lacks in this kernel counts as zero; the cgroup itself must be there.
-    pub(crate) fn stats(&self) -> io::Result<StatsReply> {
+/// Lines of `key value`; others are left out.
+pub fn keyed(text: &str) -> impl Iterator<Item = (&str, u64)> {
+    text.lines().filter_map(|line| {
+        let (key, value) = line.split_once(' ')?;
+        Some((key, value.trim().parse().ok()?))
+    })
+}
+
+/// The folder of a cgroup.
+struct Files<'a>(&'a Path);
+
+impl Files<'_> {
+    fn stats(&self) -> io::Result<StatsReply> {
         let mut stats = StatsReply::new();
         for (key, value) in keyed(&self.read("cpu.stat")?) {
             match key {
@@ -47,6 +65,10 @@ impl Cgroup {
         Ok(stats)
     }
 
+    fn read(&self, file: &str) -> io::Result<String> {
+        fs::read_to_string(self.0.join(file))
+    }
+
     fn number(&self, file: &str) -> u64 {
         self.read(file).map_or(0, |text| number(&text))
     }
@@ -58,7 +80,7 @@ impl Cgroup {
 
     /// The files are `hugetlb.SIZE.current`.
     fn hugetlb(&self) -> HashMap<String, u64> {
-        let names = std::fs::read_dir(&self.0).into_iter().flatten().flatten();
+        let names = fs::read_dir(self.0).into_iter().flatten().flatten();
         let names = names.filter_map(|entry| entry.file_name().into_string().ok());
         let sizes = names.filter_map(|name| Some(name.strip_prefix("hugetlb.")?.strip_suffix(".current")?.to_owned()));
         sizes
@@ -97,7 +119,13 @@ fn number(text: &str) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::{nested, number, pressure};
+    use super::{keyed, nested, number, pressure};
+
+    #[test]
+    fn flat_keyed_files_are_read_and_nonsense_is_skipped() {
+        let found: Vec<_> = keyed("oom 1\noom_kill 2\nnonsense\nbad x\n").collect();
+        assert_eq!(found, [("oom", 1), ("oom_kill", 2)]);
+    }
 
     #[test]
     fn no_limit_is_the_largest_number() {
