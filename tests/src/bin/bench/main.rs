@@ -5,6 +5,7 @@ mod counts;
 mod memory;
 mod report;
 mod subjects;
+mod through_containerd;
 mod trace;
 
 use std::fs;
@@ -38,13 +39,17 @@ const ATTEMPTS: u32 = 4;
 /// Runs a subject once.
 type Run = fn(&Subjects) -> Result<Counts>;
 
-const SUBJECTS: [(&str, Run); 6] = [
+const SUBJECTS: [(&str, Run); 10] = [
     ("vmrun run", Subjects::vmrun_run),
     ("qemu", Subjects::qemu),
     ("vmrun exec", Subjects::vmrun_exec),
     ("vmrun idle", Subjects::vmrun_idle),
     ("runc", |subjects| subjects.oci("runc")),
     ("crun", |subjects| subjects.oci("crun")),
+    ("vmrun output", Subjects::vmrun_output),
+    ("containerd output", |subjects| subjects.containerd.first_output()),
+    ("containerd exec", |subjects| subjects.containerd.exec("io.containerd.vm.v2")),
+    ("containerd exec, runc", |subjects| subjects.containerd.exec("io.containerd.runc.v2")),
 ];
 
 fn main() -> Result<()> {

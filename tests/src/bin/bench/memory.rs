@@ -8,10 +8,10 @@ use tests::Story;
 
 use crate::counts::Counts;
 
-/// A process of a container: its owner, or its VMM.
+/// A process of a container: its owner, its VMM, or its shim.
 pub(crate) struct HostProcess {
-    program: &'static str,
-    pid: u32,
+    pub(crate) program: &'static str,
+    pub(crate) pid: u32,
 }
 
 impl HostProcess {

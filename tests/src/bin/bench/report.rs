@@ -10,18 +10,19 @@ use crate::counts::Counts;
 pub(crate) type Samples = BTreeMap<&'static str, Vec<Counts>>;
 
 /// One goal: what, subject, count, and the most that it may be.
-const GOALS: [(&str, &str, &str, u64); 4] = [
+const GOALS: [(&str, &str, &str, u64); 5] = [
     ("userspace exits until the agent is ready", "vmrun run", "agent.userspace exits", 600),
     ("host system calls of vmrun and vmm, cold run", "vmrun run", "run.system calls", 700),
     ("private memory of vmrun and vmm, KiB", "vmrun idle", "idle.private KiB", 6 << 10),
     ("idle VM of 128 MiB, everything, KiB", "vmrun idle", "idle.total KiB", 28 << 10),
+    ("proportional memory of the shim, KiB", "containerd exec", "idle.proportional KiB.shim", 6 << 10),
 ];
 
 /// A subject and a count.
 type Figure = (&'static str, &'static str);
 
 /// Goals that are ratios in one run: what, ours, theirs, and the most in hundredths.
-const RATIOS: [(&str, Figure, Figure, u64); 4] = [
+const RATIOS: [(&str, Figure, Figure, u64); 6] = [
     ("exits until the agent is ready, to QEMU microvm", ("vmrun run", "agent.exits"), ("qemu", "agent.exits"), 50),
     ("userspace exits, the same", ("vmrun run", "agent.userspace exits"), ("qemu", "agent.userspace exits"), 50),
     (
@@ -35,6 +36,18 @@ const RATIOS: [(&str, Figure, Figure, u64); 4] = [
         ("vmrun exec", "command.system calls"),
         ("runc", "command.system calls"),
         50,
+    ),
+    (
+        "time to the first output, containerd to `vmrun run`",
+        ("containerd output", "first output us"),
+        ("vmrun output", "first output us"),
+        150,
+    ),
+    (
+        "time of `true` in a container of containerd, to the same with runc",
+        ("containerd exec", "exec us"),
+        ("containerd exec, runc", "exec us"),
+        100,
     ),
 ];
 

@@ -4,12 +4,14 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use tests::Story;
 
 use crate::counts::{self, Counts};
 use crate::memory;
+use crate::through_containerd::{ThroughContainerd, first_byte};
 use crate::trace::Trace;
 
 /// The kernel's parameters, as the VMM gives them but for the console and the way to reset: this machine has neither.
@@ -24,6 +26,7 @@ pub(crate) struct Subjects {
     trace: Trace,
     bundle: PathBuf,
     initramfs: PathBuf,
+    pub(crate) containerd: ThroughContainerd,
 }
 
 impl Subjects {
@@ -34,13 +37,24 @@ impl Subjects {
         let bundle = story.volume();
         bundle_of(&story.rootfs(), &bundle)?;
         let trace = Trace::create().context("make an instance of tracefs: the bench needs root")?;
-        Ok(Self { story, trace, bundle, initramfs })
+        Ok(Self { story, trace, bundle, initramfs, containerd: ThroughContainerd::start() })
     }
 
     /// `vmrun run`.
     pub(crate) fn vmrun_run(&self) -> Result<Counts> {
         let image = self.story.image();
         self.record(&[], &self.story.vmrun(&["run", "--rm", &image, "/marker"]))
+    }
+
+    /// `vmrun run` without a trace, until it writes.
+    pub(crate) fn vmrun_output(&self) -> Result<Counts> {
+        let image = self.story.image();
+        let mut command = self.story.vmrun(&["run", "--rm", &image, "echo", "x"]);
+        let started = Instant::now();
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
+        let counts = first_byte(child.stdout.take().context("no pipe")?, started);
+        ensure!(child.wait()?.success(), "vmrun run failed");
+        counts
     }
 
     /// `vmrun exec` in a container that runs, for the second time there.
