@@ -49,6 +49,7 @@ bench: build
 	tests/bench/kernel-boot
 	tests/bench/start
 	tests/bench/network
+	tests/bench/files
 
 # Each target for so many seconds of one processor, see tests/fuzz/README.md.
 fuzz: SECONDS ?= 60

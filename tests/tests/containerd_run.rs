@@ -2,6 +2,9 @@
 //!
 //! With `STORY_RUNTIME=io.containerd.runc.v2` the checks are told with runc, which proves that they are right about containerd.
 
+use std::fs;
+
+use serde_json::json;
 use tests::checks;
 use tests::containerd::{Check, Containerd, Events};
 
@@ -15,6 +18,7 @@ const CHECKS: &[Check] = checks![
     a_command_that_is_not_there_is_refused_and_leaves_nothing,
     a_paused_container_does_nothing_until_it_is_resumed,
     a_network_that_is_wired_after_the_creation_is_the_container_s,
+    hooks_run_on_the_host_at_their_moments_and_one_that_fails_ends_the_creation,
 ];
 
 /// What depends most on the release.
@@ -120,4 +124,26 @@ fn a_network_that_is_wired_after_the_creation_is_the_container_s(containerd: &mu
     let output = ran.success();
     assert!(output.contains("inet 10.88.0.") && output.contains("default via 10.88.0.1 dev eth0"), "{output}");
     assert!(output.contains("2 packets received"), "{output}");
+}
+
+fn hooks_run_on_the_host_at_their_moments_and_one_that_fails_ends_the_creation(containerd: &mut Containerd) {
+    let (drop_in, told) = (containerd.path("etc-vmrun/config.d/hooks.toml"), containerd.path("told"));
+    fs::create_dir_all(drop_in.parent().expect("a folder")).expect("made");
+    fs::write(&drop_in, "[hooks]\nallowed = true\n").expect("written");
+    let hook = |moment: &str, exit_status: u8| {
+        let script = format!("echo {moment} >>{}; exit {exit_status}", told.display());
+        json!([{ "path": "/bin/sh", "args": ["sh", "-c", script] }])
+    };
+    let client = containerd.client();
+    containerd.block_on(async {
+        let hooks = json!({ "createRuntime": hook("created", 0), "poststart": hook("started", 0), "poststop": hook("deleted", 0) });
+        let (exit_status, output) = client.run("one", &["echo", "x"], |spec| spec["hooks"] = hooks).await;
+        assert_eq!((exit_status, output.as_str()), (0, "x\n"));
+        assert_eq!(fs::read_to_string(&told).expect("hooks have run"), "created\nstarted\ndeleted\n");
+        let hooks = json!({ "createRuntime": hook("failed", 3) });
+        let refused = client.create("two", &["true"], |spec| spec["hooks"] = hooks).await.map(drop);
+        let refused = refused.expect_err("its hook fails");
+        assert!(refused.message().contains("exit status"), "{refused}");
+    });
+    fs::remove_file(drop_in).expect("removed");
 }

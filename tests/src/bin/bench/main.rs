@@ -39,13 +39,14 @@ const ATTEMPTS: u32 = 4;
 /// Runs a subject once.
 type Run = fn(&Subjects) -> Result<Counts>;
 
-const SUBJECTS: [(&str, Run); 10] = [
+const SUBJECTS: [(&str, Run); 11] = [
     ("vmrun run", Subjects::vmrun_run),
     ("qemu", Subjects::qemu),
     ("vmrun exec", Subjects::vmrun_exec),
     ("vmrun idle", Subjects::vmrun_idle),
     ("runc", |subjects| subjects.oci("runc")),
     ("crun", |subjects| subjects.oci("crun")),
+    ("vmrun address", Subjects::address),
     ("vmrun output", Subjects::vmrun_output),
     ("containerd output", |subjects| subjects.containerd.first_output()),
     ("containerd exec", |subjects| subjects.containerd.exec("io.containerd.vm.v2")),

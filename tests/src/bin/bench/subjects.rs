@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use tests::Story;
+use tests::lan::{Lan, Netns, ip};
 
 use crate::counts::{self, Counts};
 use crate::memory;
@@ -19,6 +20,8 @@ const QEMU_COMMAND_LINE: &str = "quiet loglevel=1 reboot=t panic=-1 tsc=reliable
      random.trust_cpu=on cryptomgr.notests";
 /// With what the VM has beside: 128 MiB.
 const SMALL_MEMORY: &str = "32m";
+/// More of an interface in the second of two runs that are compared.
+const MORE_ADDRESSES: u64 = 16;
 
 /// Where the runs take place.
 pub(crate) struct Subjects {
@@ -26,6 +29,7 @@ pub(crate) struct Subjects {
     trace: Trace,
     bundle: PathBuf,
     initramfs: PathBuf,
+    lan: Lan,
     pub(crate) containerd: ThroughContainerd,
 }
 
@@ -37,7 +41,7 @@ impl Subjects {
         let bundle = story.volume();
         bundle_of(&story.rootfs(), &bundle)?;
         let trace = Trace::create().context("make an instance of tracefs: the bench needs root")?;
-        Ok(Self { story, trace, bundle, initramfs, containerd: ThroughContainerd::start() })
+        Ok(Self { story, trace, bundle, initramfs, lan: Lan::enter(), containerd: ThroughContainerd::start() })
     }
 
     /// `vmrun run`.
@@ -65,6 +69,25 @@ impl Subjects {
         let processes = memory::processes_of(&self.story)?;
         let tids: Vec<u32> = processes.iter().flat_map(|process| process.tids()).collect();
         self.record(&tids, &self.story.vmrun(&exec))
+    }
+
+    /// What an address of a pod's interface costs `vmrun run` in system calls of the host.
+    pub(crate) fn address(&self) -> Result<Counts> {
+        let netns = pod_namespace(&self.lan);
+        let few = self.calls_in(&netns)?;
+        for number in 0..MORE_ADDRESSES {
+            netns.ip(&format!("addr add 10.88.1.{number}/32 dev eth0"));
+        }
+        let more = self.calls_in(&netns)?.saturating_sub(few);
+        Ok([("system calls for an address".to_owned(), more.div_ceil(MORE_ADDRESSES))].into())
+    }
+
+    /// System calls of `vmrun run` with the network of a namespace; those of the VMM follow the exits, which differ from run to run.
+    fn calls_in(&self, netns: &Netns) -> Result<u64> {
+        let network = format!("netns:{}", netns.path().display());
+        let run = ["run", "--rm", "--network", &network, &self.story.image(), "/marker"];
+        let counts = self.record(&[], &self.story.vmrun(&run))?;
+        counts.get("run.system calls.vmrun").copied().context("no system call was seen")
     }
 
     /// An idle VM of 128 MiB.
@@ -103,6 +126,15 @@ impl Subjects {
         ensure!(status.success(), "{} ended with {status}: {}", words[0], String::from_utf8_lossy(&stderr));
         Ok(counts::count(&events))
     }
+}
+
+/// A network namespace with a veth interface `eth0` and one address, as CNI's plugins leave it.
+fn pod_namespace(lan: &Lan) -> Netns {
+    let netns = lan.netns();
+    ip(&format!("link add bench-host type veth peer name eth0 netns {}", netns.name()));
+    ip("link set bench-host up");
+    netns.ip("addr add 10.88.0.2/24 dev eth0\nlink set eth0 up");
+    netns
 }
 
 /// A container `bench` that sleeps.
