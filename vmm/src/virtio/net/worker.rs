@@ -163,7 +163,7 @@ impl Serving {
             other => other.map_err(TxError::Backend)?,
         }
         tx.active.queue.disable_notification(&**memory).map_err(TxError::Ring)?;
-        let mut empty_turns = 0;
+        let (mut is_moving, mut empty_turns) = (false, 0);
         for _ in 0..tx.active.queue.size() {
             if !tx_limit.is_none()
                 && let Some(wait) = tx_limit.wait(Instant::now())
@@ -181,6 +181,8 @@ impl Serving {
                 Sending::Dropped | Sending::NoLink => count(&counters.tx_dropped, 1),
                 Sending::Malformed => count(&counters.tx_malformed, 1),
                 Sending::Spoofed => count(&counters.tx_spoofed, 1),
+                // A guest that sends may be about to offer the next one: only one that offers nothing for a whole turn has to tell again.
+                Sending::Empty if is_moving => return Ok(Turn::Busy),
                 Sending::Empty => {
                     if !tx.active.queue.enable_notification(&**memory).map_err(TxError::Ring)? {
                         return Ok(Turn::Idle);
@@ -190,8 +192,10 @@ impl Serving {
                     if empty_turns > MAX_EMPTY_TURNS {
                         return Err(TxError::Ring(Error::InvalidAvailRingIndex));
                     }
+                    continue;
                 }
             }
+            is_moving = true;
         }
         Ok(Turn::Busy)
     }
