@@ -6,6 +6,7 @@ mod copy;
 mod error_log;
 mod executor;
 mod forward;
+mod root;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -69,6 +70,7 @@ fn builder(id: &str, console: &str, payload: Payload) -> Result<ContainerBuilder
 fn create(id: &str, console: &str) -> Result<()> {
     let bundle = Bundle::of(id);
     let spec = bundle.spec().context("cannot read the spec")?;
+    root::check(&spec)?;
     if let Some(sysctls) = spec.linux().as_ref().and_then(|linux| linux.sysctl().clone()) {
         sysctl::apply_to_guest(&sysctls, &namespaces(&spec))?;
     }

@@ -6,9 +6,10 @@
 //!   containerd from 2.3    stdin: `BootstrapParams`                               stdout: `BootstrapResult`
 //! ```
 
-use std::fs;
+use std::fs::{self, DirBuilder, Permissions};
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -156,26 +157,35 @@ fn launch(request: &Request, arguments: &Arguments, bundle: &Path, socket: &Path
     spawned.map(drop)
 }
 
+/// Its folder is containerd's, unless containerd has none yet. Only root connects, whatever the umask of who starts us.
 fn bind(socket: &Path) -> Result<UnixListener> {
     let folder = socket.parent().unwrap_or(Path::new("/"));
-    fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    let made = DirBuilder::new().recursive(true).mode(0o711).create(folder);
+    made.with_context(|| format!("cannot make {}", folder.display()))?;
     match fs::remove_file(socket) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             return Err(error).with_context(|| format!("cannot remove the stale socket {}", socket.display()));
         }
         _ => {}
     }
-    UnixListener::bind(socket).with_context(|| format!("cannot bind {}", socket.display()))
+    let bound = UnixListener::bind(socket).with_context(|| format!("cannot bind {}", socket.display()))?;
+    fs::set_permissions(socket, Permissions::from_mode(0o600))
+        .with_context(|| format!("cannot close {} to other users", socket.display()))?;
+    Ok(bound)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt as _;
+    use std::path::Path;
+
     use containerd_shim_protos::bootstrap_api::{BootstrapParams, Extension};
     use proptest::prelude::{any, proptest};
     use protobuf::Message as _;
     use protobuf::well_known_types::any::Any;
 
-    use super::{Request, config_path, socket_path};
+    use super::{Request, bind, config_path, socket_path};
     use crate::arguments::Arguments;
     use crate::proto::runtimeoptions::Options;
 
@@ -233,6 +243,15 @@ mod tests {
     fn options_of_another_runtime_name_no_configuration() {
         let any = Any { type_url: "containerd.runc.v1.Options".to_owned(), value: vec![8, 1], ..Default::default() };
         assert_eq!(config_path(Some(&any)).expect("none"), None);
+    }
+
+    #[test]
+    fn a_socket_is_closed_to_other_users() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let socket = dir.path().join("s/socket");
+        let _bound = bind(&socket).expect("bound");
+        let mode = |path: &Path| fs::metadata(path).expect("it is there").permissions().mode() & 0o7777;
+        assert_eq!((mode(&dir.path().join("s")) & 0o066, mode(&socket)), (0, 0o600));
     }
 
     #[test]

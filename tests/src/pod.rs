@@ -63,7 +63,7 @@ impl Pod {
         Self(Sandbox::boot(request).await.expect("booted"))
     }
 
-    /// Makes a container that runs a shell script; `change` edits its spec.
+    /// Makes a container that runs a shell script; `change` edits its spec. It has a terminal if its spec says so.
     ///
     /// # Errors
     /// What the agent says.
@@ -75,8 +75,9 @@ impl Pod {
     ) -> Result<ProcessStreams, CallError> {
         let mut spec = spec(script);
         change(&mut spec);
+        let terminal = (spec["process"]["terminal"] == json!(true)).then_some((24, 80));
         let spec: Spec = serde_json::from_value(spec).expect("a spec");
-        let wanted = WantedStreams { stdin: false, output: true, terminal: None };
+        let wanted = WantedStreams { stdin: false, output: true, terminal };
         self.0.create(id, &spec, wanted).await
     }
 

@@ -38,6 +38,17 @@ const UNSAFE_FILES: [&str; 16] = [
     "vmm/src/virtio/net/tap.rs",
 ];
 
+/// Crates that had an advisory, and the first version without it.
+const MENDED_CRATES: [(&str, [u32; 3]); 7] = [
+    ("kvm-ioctls", [0, 19, 1]),   // RUSTSEC-2024-0428
+    ("linux-loader", [0, 8, 1]),  // CVE-2022-23523
+    ("prost", [0, 6, 1]),         // RUSTSEC-2020-0002
+    ("protobuf", [3, 7, 2]),      // RUSTSEC-2024-0437
+    ("tar", [0, 4, 45]),          // RUSTSEC-2021-0080, RUSTSEC-2026-0067, RUSTSEC-2026-0068
+    ("vm-memory", [0, 12, 2]),    // RUSTSEC-2020-0157, RUSTSEC-2023-0056
+    ("vmm-sys-util", [0, 12, 0]), // CVE-2023-50711
+];
+
 /// Most lines of a source file before its tests.
 const MAX_FILE_LINES: usize = 500;
 
@@ -147,6 +158,19 @@ fn every_test_that_an_advisory_names_exists() {
     assert!(rows.len() >= 30 && without.is_empty(), "{without:?}");
     let missing: Vec<_> = rows.iter().flat_map(|row| quoted(row)).filter(|name| !exists(name)).collect();
     assert!(missing.is_empty(), "{missing:?}");
+}
+
+#[test]
+fn no_crate_is_older_than_the_end_of_its_advisory() {
+    let lock = read("Cargo.lock");
+    for (name, mended) in MENDED_CRATES {
+        let begin = format!("name = \"{name}\"\nversion = \"");
+        let number = |text: &str| text.parse::<u32>().expect("a number");
+        let version = |text: &str| text.split(['.', '"']).take(3).map(number).collect::<Vec<_>>();
+        let versions: Vec<_> = lock.split(&begin).skip(1).map(version).collect();
+        assert!(!versions.is_empty(), "{name} is not in the lock file any more");
+        assert!(versions.iter().all(|version| version.as_slice() >= mended.as_slice()), "{name}: {versions:?}");
+    }
 }
 
 #[test]

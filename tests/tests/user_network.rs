@@ -33,8 +33,18 @@ fn a_web_server_is_reached_at_a_port_of_the_host() {
     curl.args(["--silent", "--show-error", "--max-time", "60", "http://127.0.0.1:8080/etc/debian_version"]);
     let page = outcome(curl);
     assert!(page.success().starts_with("12."), "{page:?}");
+    let passt = status_of_passt(vmrun.id());
+    assert!(!passt.contains("\nUid:\t0\t") && passt.contains("\nSeccomp:\t2\n"), "{passt}");
     assert_eq!(story.call(&["kill", "web"]).code, 0);
     assert_eq!(vmrun.wait().expect("ended").code(), Some(137));
+}
+
+/// What the kernel says of the passt that a `vmrun` in the foreground has started.
+fn status_of_passt(vmrun: u32) -> String {
+    let processes = fs::read_dir("/proc").expect("proc").flatten();
+    let mut statuses = processes.filter_map(|process| fs::read_to_string(process.path().join("status")).ok());
+    let parent = format!("\nPPid:\t{vmrun}\n");
+    statuses.find(|status| status.starts_with("Name:\tpasst") && status.contains(&parent)).expect("it runs")
 }
 
 #[test]

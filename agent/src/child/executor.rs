@@ -17,7 +17,8 @@ use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
 use libcontainer::{capabilities, seccomp};
 use nix::errno::Errno;
-use oci_spec::runtime::{Capabilities, LinuxCapabilities, LinuxSeccomp, Process, Spec};
+use oci_spec::runtime::{Capabilities, LinuxCapabilities, LinuxSeccomp, Mount, Process, Spec};
+use rustix::fs::{PROC_SUPER_MAGIC, statfs};
 
 use crate::sys;
 
@@ -103,7 +104,9 @@ impl Executor for Payload {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
         let process = spec.process().clone().unwrap_or_default();
         let words = process.args().clone().unwrap_or_default();
-        let prepared = prepare(&words, process.env().as_deref().unwrap_or_default());
+        // What a container does to its own mounts later is its own affair.
+        let proc = if self.start_fd.is_some() { check_proc(spec) } else { Ok(()) };
+        let prepared = proc.and_then(|()| prepare(&words, process.env().as_deref().unwrap_or_default()));
         prepared.map(drop).map_err(ExecutorValidationError::ArgValidationError)
     }
 
@@ -120,6 +123,14 @@ impl Executor for Payload {
         }
         Err(ExecutorError::Other(cause))
     }
+}
+
+/// A link of the image may have led a mount to `/proc`, over what is masked and read-only there.
+fn check_proc(spec: &Spec) -> Result<(), String> {
+    let is_proc = |mount: &Mount| mount.typ().as_deref() == Some("proc") && mount.destination() == Path::new("/proc");
+    let is_wanted = spec.mounts().iter().flatten().any(is_proc);
+    let is_there = || statfs("/proc").is_ok_and(|found| found.f_type == PROC_SUPER_MAGIC);
+    if is_wanted && !is_there() { Err("something else is mounted over /proc".to_owned()) } else { Ok(()) }
 }
 
 /// The executor's own words in an error that `libcontainer` has wrapped.

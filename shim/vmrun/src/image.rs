@@ -285,3 +285,22 @@ fn open_rootfs(dir: &Path) -> Result<Image> {
     }
     Ok(Image { layers: vec![dir], layer_dir: PathBuf::from("/"), cmd: vec!["/bin/sh".to_owned()], ..Image::default() })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{layout, of_config};
+
+    #[test]
+    fn labels_of_an_image_choose_nothing() {
+        let image = |labels: &str| {
+            let config = format!(
+                r#"{{"architecture": "amd64", "os": "linux", "rootfs": {{"type": "layers", "diff_ids": ["a"]}},
+                "config": {{"Cmd": ["true"], "Labels": {labels}}}}}"#
+            );
+            format!("{:?}", of_config(&layout::parse_config(config.as_bytes()).expect("a configuration")))
+        };
+        let labels = r#"{"containerd.io/restart.loguri": "binary:///bin/sh", "io.cri-containerd.image": "managed"}"#;
+        assert_eq!(image(labels), image("{}"));
+        assert!(image(labels).contains("true"));
+    }
+}

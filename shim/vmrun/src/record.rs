@@ -206,6 +206,7 @@ pub(crate) fn now_ms() -> u64 {
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::os::unix::fs::PermissionsExt as _;
 
     use sandbox::state::{self, Status};
 
@@ -227,6 +228,19 @@ mod tests {
         record.remove().expect("removed");
         assert_eq!(fs::read_dir(&folders.root).expect("root").count(), 0);
         assert_eq!(fs::read_dir(folders.data_root.join("containers")).expect("data").count(), 0);
+    }
+
+    #[test]
+    fn other_users_of_the_host_have_no_way_to_the_files_of_a_container() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let folders = folders(&dir);
+        let record = Record::create(&folders, WANTED).expect("record");
+        let containers = folders.data_root.join("containers");
+        for folder in [&folders.root, &folders.data_root, &containers, &record.data_dir()] {
+            let mode = fs::metadata(folder).expect("a folder").permissions().mode();
+            assert_eq!(mode & 0o7777, 0o700, "{}", folder.display());
+        }
+        record.remove().expect("removed");
     }
 
     #[test]

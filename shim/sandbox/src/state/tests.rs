@@ -1,6 +1,7 @@
 //! Names, owners and orphans.
 
 use std::fs;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::Barrier;
 use std::thread;
@@ -105,4 +106,32 @@ fn names_cannot_leave_the_root() {
         let error = StateDir::create(root.path(), &state(name)).err().expect("refused");
         assert!(matches!(error, StateError::InvalidName { .. }), "{name:?}: {error}");
     }
+}
+
+#[test]
+fn folders_are_closed_to_other_users() {
+    let dir = root();
+    let root = dir.path().join("made/run");
+    let one = StateDir::create(&root, &state("one")).expect("create");
+    for folder in [dir.path().join("made").as_path(), &root, one.path()] {
+        let mode = fs::metadata(folder).expect("a folder").permissions().mode();
+        assert_eq!(mode & 0o7777, 0o700, "{}", folder.display());
+    }
+}
+
+#[test]
+fn a_link_in_the_place_of_a_folder_is_replaced_and_not_followed() {
+    let (root, elsewhere) = (root(), root());
+    fs::write(elsewhere.path().join("file"), "kept").expect("a file");
+    symlink(elsewhere.path(), root.path().join("one")).expect("a link");
+    let dir = StateDir::create(root.path(), &state("one")).expect("create");
+    assert!(fs::symlink_metadata(dir.path()).expect("a folder").is_dir());
+    // Nor is one that comes later, at the folder or in it.
+    symlink(elsewhere.path(), dir.path().join("link")).expect("a link");
+    dir.remove().expect("removed");
+    symlink(elsewhere.path(), root.path().join("one")).expect("a link");
+    assert_eq!(remove(root.path(), "one").expect("removed"), None);
+    assert_eq!(fs::read_dir(root.path()).expect("the root").count(), 0);
+    let names: Vec<_> = fs::read_dir(elsewhere.path()).expect("a folder").flatten().map(|e| e.file_name()).collect();
+    assert_eq!(names, ["file"]);
 }

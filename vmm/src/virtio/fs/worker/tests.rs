@@ -1,5 +1,7 @@
 //! FUSE requests as a guest's kernel sends them, or a hostile one.
 
+mod race;
+
 use std::fs::{self, File};
 
 use proptest::prelude::*;
@@ -85,8 +87,12 @@ impl Share {
 
     /// The error (0 for none) and the rest of the reply, if there is one.
     fn ask(&mut self, opcode: u32, body: &[u8]) -> Option<(i32, Vec<u8>)> {
+        self.ask_of(ROOT, opcode, body)
+    }
+
+    fn ask_of(&mut self, node: u64, opcode: u32, body: &[u8]) -> Option<(i32, Vec<u8>)> {
         let len = 40 + u32::try_from(body.len()).expect("short");
-        self.write_request(len, opcode, ROOT, body);
+        self.write_request(len, opcode, node, body);
         self.driver.put(&[(REQUEST, len, false), (REPLY, REPLY_LEN, true)]);
         self.serve();
         let (_, written) = self.driver.take_used().expect("given back");
