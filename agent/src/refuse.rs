@@ -119,6 +119,15 @@ pub(crate) fn resources(resources: &LinuxResources) -> Checked {
     }
     if let Some(io) = resources.block_io() {
         refuse(io.leaf_weight().is_some_and(|weight| weight > 0), "linux.resources.blockIO.leafWeight")?;
+        // They name disks of the host, which limits the VM by them.
+        let throttles = [
+            io.throttle_read_bps_device(),
+            io.throttle_write_bps_device(),
+            io.throttle_read_iops_device(),
+            io.throttle_write_iops_device(),
+        ];
+        let limits_a_disk = throttles.into_iter().flatten().any(|throttles| !throttles.is_empty());
+        refuse(limits_a_disk, "linux.resources.blockIO.throttle...")?;
     }
     let mut files = resources.unified().iter().flatten().map(|(file, _)| file);
     if let Some(file) = files.find(|file| file.contains('/') || !file.contains('.') || file.starts_with("cgroup.")) {
@@ -170,6 +179,8 @@ mod tests {
         assert!(with("/linux", "namespaces", outside).contains("/var/run/netns/a"));
         let swappy = json!({ "memory": { "swappiness": 10 } });
         assert!(with("/linux", "resources", swappy).contains("memory.swappiness"));
+        let throttle = json!({ "blockIO": { "throttleReadIOPSDevice": [{ "major": 8, "minor": 0, "rate": 1 }] } });
+        assert!(with("/linux", "resources", throttle).contains("blockIO.throttle"));
         let escape = json!({ "unified": { "../x/memory.max": "1" } });
         assert!(with("/linux", "resources", escape).contains("unified"));
     }

@@ -4,6 +4,8 @@ use std::fmt::Write as _;
 use std::io;
 use std::path::PathBuf;
 
+use sandbox::cgroup::CgroupError;
+use sandbox::io_limit::DiskError;
 use sandbox::network::NetworkError;
 use sandbox::plan::PlanError;
 use sandbox::{BootError, CallError, ControlError, RescanError};
@@ -53,6 +55,12 @@ pub(crate) enum TaskError {
     /// The VM cannot be joined to its network.
     #[error("cannot use the network namespace")]
     Network(#[from] NetworkError),
+    /// What is to be limited is no disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// The host cannot limit the VM's I/O.
+    #[error("cannot limit the I/O of the VM")]
+    Cgroup(#[from] CgroupError),
     /// The VM did not come up.
     #[error("cannot start the VM")]
     Boot(#[from] BootError),
@@ -76,7 +84,7 @@ impl TaskError {
             Self::NotFound { .. } | Self::Finished => Code::NOT_FOUND,
             Self::Exists { .. } => Code::ALREADY_EXISTS,
             Self::State { .. } => Code::FAILED_PRECONDITION,
-            Self::Invalid(_) | Self::Plan(_) => Code::INVALID_ARGUMENT,
+            Self::Invalid(_) | Self::Plan(_) | Self::Disk(_) => Code::INVALID_ARGUMENT,
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
             Self::HooksForbidden => Code::PERMISSION_DENIED,
             Self::NoVm { .. } => Code::UNAVAILABLE,
@@ -91,7 +99,9 @@ impl TaskError {
                 | NetworkError::NotANamespace { .. }
                 | NetworkError::HostNetwork { .. },
             ) => Code::INVALID_ARGUMENT,
-            Self::Host { .. } | Self::Hook { .. } | Self::Boot(_) | Self::Network(_) => Code::INTERNAL,
+            Self::Host { .. } | Self::Hook { .. } | Self::Boot(_) | Self::Network(_) | Self::Cgroup(_) => {
+                Code::INTERNAL
+            }
         }
     }
 }

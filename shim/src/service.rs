@@ -120,7 +120,7 @@ impl Task for TaskService {
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> Result<Empty> {
         let resources = translate::resources(&request.resources)?;
-        self.0.update(&request.id, &resources).await?;
+        self.0.update(&request.id, resources).await?;
         Ok(Empty::new())
     }
 

@@ -1,13 +1,17 @@
 //! From containerd's messages to what we do, and back: the only place that knows both.
 
 use std::collections::HashMap;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use containerd_shim_protos::api::{CreateTaskRequest, ExecProcessRequest, Mount, StateResponse, Status};
-use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, LinuxResources, Process as ProcessSpec, Spec};
+use oci_spec::runtime::{
+    LinuxNamespace, LinuxNamespaceType, LinuxResources, LinuxThrottleDevice, Process as ProcessSpec, Spec,
+};
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
+use sandbox::io_limit::{Disk, IoKind, IoLimit};
 use sandbox::share::HostMount;
 
 use crate::container::Container;
@@ -19,6 +23,9 @@ use crate::stdio::Stdio;
 
 /// What a VM cannot have.
 pub(crate) const HOST_NETWORK: &str = "the host's network (hostNetwork) in a VM";
+/// What a VM cannot tell apart.
+const THROTTLE_IN_POD: &str =
+    "linux.resources.blockIO.throttle... of a container in a pod, whose I/O the host sees as the pod's";
 
 /// A container that containerd asks for.
 #[derive(Clone, Debug)]
@@ -34,6 +41,8 @@ pub(crate) struct CreateContainer {
     pub(crate) hooks: Hooks,
     /// The network namespace that was made for it, as CNI does for a pod.
     pub(crate) netns: Option<PathBuf>,
+    /// Of the VM, which are not in `spec` any more.
+    pub(crate) io_limits: Vec<IoLimit>,
 }
 
 impl CreateContainer {
@@ -54,6 +63,8 @@ pub(crate) fn create_container(request: &CreateTaskRequest, mut spec: Spec) -> R
         role = Role::Alone;
     }
     let netns = netns(&spec)?;
+    let resources = spec.linux_mut().as_mut().and_then(|linux| linux.resources_mut().as_mut());
+    let io_limits = resources.map_or(Ok(Vec::new()), |resources| take_io_limits(resources, role))?;
     let hooks = Hooks::take(&mut spec, &request.id, Path::new(&request.bundle));
     Ok(CreateContainer {
         id: request.id.clone(),
@@ -67,6 +78,7 @@ pub(crate) fn create_container(request: &CreateTaskRequest, mut spec: Spec) -> R
         },
         rootfs: request.rootfs.iter().map(host_mount).collect(),
         netns,
+        io_limits,
         hooks,
         spec: guest_spec(spec, request.terminal, role),
     })
@@ -77,6 +89,39 @@ fn netns(spec: &Spec) -> Result<Option<PathBuf>, TaskError> {
     let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().clone()).unwrap_or_default();
     let found = namespaces.iter().find(|namespace| namespace.typ() == LinuxNamespaceType::Network);
     found.map(|namespace| namespace.path().clone()).ok_or(TaskError::Unsupported(HOST_NETWORK))
+}
+
+/// Takes limits on disks of the host, which the guest does not have, out of a container's resources. They bound the VM, so only a
+/// container that is alone in one can have them.
+pub(crate) fn take_io_limits(resources: &mut LinuxResources, role: Role) -> Result<Vec<IoLimit>, TaskError> {
+    let Some(io) = resources.block_io_mut() else { return Ok(Vec::new()) };
+    let throttles = [
+        (IoKind::ReadBps, io.throttle_read_bps_device().clone()),
+        (IoKind::WriteBps, io.throttle_write_bps_device().clone()),
+        (IoKind::ReadIops, io.throttle_read_iops_device().clone()),
+        (IoKind::WriteIops, io.throttle_write_iops_device().clone()),
+    ];
+    io.set_throttle_read_bps_device(None).set_throttle_write_bps_device(None);
+    io.set_throttle_read_iops_device(None).set_throttle_write_iops_device(None);
+    let mut limits = Vec::new();
+    for (kind, throttles) in throttles {
+        for throttle in throttles.into_iter().flatten() {
+            if role != Role::Alone {
+                return Err(TaskError::Unsupported(THROTTLE_IN_POD));
+            }
+            limits.push(io_limit(kind, throttle)?);
+        }
+    }
+    Ok(limits)
+}
+
+fn io_limit(kind: IoKind, throttle: LinuxThrottleDevice) -> Result<IoLimit, TaskError> {
+    let number = |number: i64| u32::try_from(number).ok();
+    let numbers = number(throttle.major()).zip(number(throttle.minor())).zip(NonZeroU64::new(throttle.rate()));
+    let Some(((major, minor), rate)) = numbers else {
+        return Err(TaskError::Invalid(format!("linux.resources.blockIO has {throttle:?}")));
+    };
+    Ok(IoLimit { disk: Disk::of(major, minor)?, kind, rate })
 }
 
 fn host_mount(mount: &Mount) -> HostMount {
@@ -190,11 +235,11 @@ pub(crate) fn timestamp(time: SystemTime) -> protobuf::MessageField<Timestamp> {
 #[cfg(test)]
 mod tests {
     use containerd_shim_protos::api::{CreateTaskRequest, ExecProcessRequest};
-    use oci_spec::runtime::Spec;
+    use oci_spec::runtime::{LinuxBlockIo, Spec};
     use protobuf::well_known_types::any::Any;
     use serde_json::json;
 
-    use super::{CreateContainer, create_container, exec_process, resources};
+    use super::{CreateContainer, create_container, exec_process, resources, take_io_limits};
     use crate::cri::Role;
     use crate::error::TaskError;
 
@@ -260,6 +305,25 @@ mod tests {
         let request = CreateTaskRequest { checkpoint: "/c".to_owned(), ..Default::default() };
         let error = create_container(&request, Spec::default()).expect_err("refused");
         assert_eq!(error.to_string(), "a container from a checkpoint is not supported");
+    }
+
+    #[test]
+    fn limits_of_io_are_the_vm_s_and_never_the_guest_s() {
+        let take = |io: serde_json::Value, role| {
+            let mut resources = serde_json::from_value(json!({ "blockIO": io })).expect("resources");
+            take_io_limits(&mut resources, role).map(|limits| (limits.len(), resources))
+        };
+        let (count, kept) = take(json!({ "weight": 100 }), Role::Member).expect("weights are for the guest");
+        assert_eq!((count, kept.block_io().clone().expect("kept").weight()), (0, Some(100)));
+        let write = |major, rate| json!({ "throttleWriteBpsDevice": [{ "major": major, "minor": 0, "rate": rate }] });
+        let refused = |io, role| take(io, role).expect_err("refused").to_string();
+        assert!(refused(write(8, 1), Role::Member).contains("throttle... of a container in a pod"));
+        assert!(refused(write(8, 0), Role::Alone).contains("rate: 0"));
+        // No driver has this number.
+        assert_eq!(refused(write(4095, 1), Role::Alone), "the host has no block device 4095:0");
+        let cleared = json!({ "throttleWriteBpsDevice": [], "throttleReadIOPSDevice": [] });
+        let (_, kept) = take(cleared, Role::Alone).expect("taken");
+        assert_eq!(kept.block_io().clone().expect("kept"), LinuxBlockIo::default());
     }
 
     #[test]

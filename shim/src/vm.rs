@@ -9,6 +9,7 @@ use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use sandbox::artifacts::Artifacts;
 use sandbox::cgroup::HostCgroup;
+use sandbox::io_limit::IoLimit;
 use sandbox::network::Network;
 use sandbox::network::pod::{PodOptions, attach};
 use sandbox::plan::VmSize;
@@ -30,6 +31,8 @@ pub(crate) struct Place<'a> {
     pub(crate) bundle: &'a Path,
     /// Its cgroup, as specs name it.
     pub(crate) cgroups_path: Option<&'a Path>,
+    /// What it may read from disks of the host and write to them.
+    pub(crate) io_limits: &'a [IoLimit],
     /// The network namespace whose interfaces it gets; without one, those that come into the VMM's own.
     pub(crate) netns: Option<&'a Path>,
 }
@@ -62,7 +65,7 @@ impl Vm {
         let options = PodOptions { queue_pairs: size.vcpus, resolv_conf: String::new(), policy };
         let network = join(place.netns, &options).await?;
         let address = network.first_address().map(str::to_owned);
-        let cgroup = place.cgroups_path.and_then(join_cgroup);
+        let cgroup = join_cgroup(place)?;
         let cgroup_path = cgroup.as_ref().map(|(cgroup, _)| cgroup.path().to_owned());
         let write_down = |pid| -> std::io::Result<()> {
             let record = Record { cgroup: cgroup_path.clone(), ..Record::of(pid)? };
@@ -124,6 +127,15 @@ impl Vm {
         stats.map_or_else(Metrics::new, |stats| metrics::metrics(&stats))
     }
 
+    /// Changes what it may read from disks of the host and write to them.
+    pub(crate) fn limit_io(&self, limits: &[IoLimit]) -> Result<(), TaskError> {
+        match &self.cgroup {
+            Some(cgroup) => Ok(cgroup.limit_io(limits)?),
+            None if limits.is_empty() => Ok(()),
+            None => Err(no_cgroup()),
+        }
+    }
+
     /// Ends it as it is. Takes no lock and waits for nothing.
     pub(crate) fn kill(&self) {
         self.end_asked.store(true, Ordering::Relaxed);
@@ -153,18 +165,28 @@ impl Vm {
     }
 }
 
-/// Makes the pod's cgroup for the VMM to join. A host without cgroup v2 at the usual place has none.
-fn join_cgroup(path: &Path) -> Option<(HostCgroup, OwnedFd)> {
+/// Makes the pod's cgroup for the VMM to join. A host without cgroup v2 at the usual place has none, and no limits.
+fn join_cgroup(place: Place<'_>) -> Result<Option<(HostCgroup, OwnedFd)>, TaskError> {
+    let Some(path) = place.cgroups_path else {
+        return if place.io_limits.is_empty() { Ok(None) } else { Err(no_cgroup()) };
+    };
     let joined = HostCgroup::create(path).and_then(|cgroup| {
-        let procs = cgroup.procs()?;
+        let limited = cgroup.limit_io(place.io_limits).and_then(|()| cgroup.procs());
+        let procs = limited.inspect_err(|_| cgroup.remove())?;
         Ok((cgroup, procs))
     });
-    joined
-        .inspect_err(|error| {
-            let error = error as &dyn std::error::Error;
+    match joined {
+        Err(error) if place.io_limits.is_empty() => {
+            let error = &error as &dyn std::error::Error;
             tracing::warn!(error, path = %path.display(), "the VMM stays in the cgroup of its starter");
-        })
-        .ok()
+            Ok(None)
+        }
+        joined => Ok(Some(joined?)),
+    }
+}
+
+fn no_cgroup() -> TaskError {
+    TaskError::Invalid("the VM has no cgroup of its own that linux.resources.blockIO could limit".to_owned())
 }
 
 /// Joins the interfaces of a network namespace to a VM that is yet to be booted, off the threads that answer requests.

@@ -7,6 +7,9 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 
+use rustix::io::Errno;
+use rustix::process::Pid;
+use rustix::thread::{CoreSchedulingScope, core_scheduling_cookie};
 use tests::Story;
 use tests::guest::{self, BUSY, config, kernel};
 use tests::pod::Pod;
@@ -40,6 +43,18 @@ impl Seen {
     fn fields(&self, name: &str) -> BTreeSet<String> {
         let statuses = self.list("task").into_iter().map(|thread| self.read(&format!("task/{thread}/status")));
         statuses.map(|status| field(&status, name)).collect()
+    }
+
+    /// The cookie of core scheduling of each thread: all that are different. There is none where no core runs two threads, or the
+    /// kernel cannot keep them apart.
+    fn cookies(&self) -> BTreeSet<Option<u64>> {
+        let threads = self.list("task").into_iter().map(|thread| thread.parse().ok().and_then(Pid::from_raw));
+        let asked = threads.map(|thread| core_scheduling_cookie(thread.expect("an id"), CoreSchedulingScope::Thread));
+        let known = asked.map(|cookie| match cookie {
+            Err(Errno::NODEV | Errno::INVAL) => None,
+            cookie => Some(cookie.expect("a cookie")),
+        });
+        known.collect()
     }
 
     /// The namespaces that are also ours.
@@ -79,6 +94,17 @@ async fn a_running_vmm_has_no_namespace_and_no_right_of_the_host() {
     let limits = vmm.read("limits");
     let core = limits.lines().find(|line| line.starts_with("Max core file size")).expect("a limit");
     assert_eq!(core.split_whitespace().collect::<Vec<_>>()[4..6], ["0", "0"], "{limits}");
+    pod.0.stop().await;
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn no_thread_of_anybody_else_shares_a_core_with_a_vmm() {
+    let story = Story::new();
+    let pod = Pod::boot(&story).await;
+    let ours = Seen(PathBuf::from("/proc/self")).cookies();
+    let vmms = Seen::of(pod.0.vmm_pid()).cookies();
+    assert_eq!(vmms.len(), 1, "one cookie for every thread: {vmms:?}");
+    assert!(vmms.contains(&None) || vmms.is_disjoint(&ours), "{vmms:?} is also ours");
     pod.0.stop().await;
 }
 

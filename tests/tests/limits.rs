@@ -1,15 +1,16 @@
 //! Limits hold, are reported, and can be changed while the container runs.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use sandbox::ProcessId;
 use sandbox::message::event::What;
 use sandbox::plan;
 use serde_json::json;
 use tests::pod::{FAILED_PRECONDITION, Pod, UNIMPLEMENTED, refusal};
-use tests::{Story, outcome};
+use tests::{Story, eventually, outcome};
 
 /// Takes memory until it is killed.
 const HOG: &str = "tail /dev/zero";
@@ -124,6 +125,95 @@ fn a_guest_that_fills_the_hosts_memory_by_a_share_ends_itself_and_nobody_else() 
     assert!(written < 300 << 20, "{written}");
     assert_eq!(story.call(&["exec", "neighbour", "echo", "alive"]).success(), "alive\n");
     let _ = story.call(&["rm", "--force", "neighbour"]).success();
+}
+
+/// A loop device over a file of the story, with an ext4 that is mounted at a folder of it.
+struct LoopDisk {
+    device: String,
+    mount_point: String,
+}
+
+impl LoopDisk {
+    fn mounted_at(folder: &Path) -> Self {
+        let image = folder.with_extension("ext4");
+        fs::File::create(&image).and_then(|file| file.set_len(64 << 20)).expect("an image");
+        let device = host("losetup", &["--find", "--show", &image.display().to_string()]).trim().to_owned();
+        let disk = Self { device, mount_point: folder.display().to_string() };
+        host("mkfs.ext4", &["-q", &disk.device]);
+        host("mount", &[&disk.device, &disk.mount_point]);
+        disk
+    }
+
+    /// As cgroups name it.
+    fn numbers(&self) -> String {
+        let name = self.device.strip_prefix("/dev/").expect("a device");
+        fs::read_to_string(format!("/sys/class/block/{name}/dev")).expect("its numbers").trim().to_owned()
+    }
+}
+
+impl Drop for LoopDisk {
+    fn drop(&mut self) {
+        eventually(Duration::from_secs(10), "the host unmounts it", || {
+            Command::new("umount").arg(&self.mount_point).status().expect("umount starts").success()
+        });
+        host("losetup", &["--detach", &self.device]);
+    }
+}
+
+/// Runs a program of the host; returns its output.
+fn host(program: &str, arguments: &[&str]) -> String {
+    let mut command = Command::new(program);
+    command.args(arguments);
+    outcome(command).success().to_owned()
+}
+
+#[test]
+fn a_guest_writes_to_a_disk_of_the_host_no_faster_than_its_vm_may() {
+    let story = Story::new();
+    let disk = LoopDisk::mounted_at(&story.volume());
+    let at = |rate: &str| format!("{}:{rate}", disk.device);
+    let volume = format!("{}:/mnt", story.volume().display());
+    let limits =
+        ["--device-write-bps", &at("1mb"), "--device-read-bps", &at("64mb"), "--device-read-iops", &at("1000")];
+    story.detach("one", &[&["--volume", &volume], &limits[..]].concat(), &["sleep", "1000"]);
+
+    let host_config = story.inspect("one")["HostConfig"].take();
+    assert_eq!(host_config["BlkioDeviceWriteBps"], json!([{ "Path": disk.device, "Rate": 1 << 20 }]));
+    assert_eq!(host_config["BlkioDeviceReadIOps"], json!([{ "Path": disk.device, "Rate": 1000 }]));
+    assert_eq!(host_config["BlkioDeviceWriteIOps"], json!([]));
+    let cgroup = PathBuf::from(host_config["Cgroup"].as_str().expect("a cgroup"));
+    let numbers = disk.numbers();
+    let of_disk = |file: &str| {
+        let text = fs::read_to_string(cgroup.join(file)).expect("a file of the cgroup");
+        let line = text.lines().find_map(|line| line.strip_prefix(&format!("{numbers} ")));
+        line.unwrap_or_else(|| panic!("no {numbers} in {file}: {text}")).to_owned()
+    };
+    assert_eq!(of_disk("io.max"), "rbps=67108864 wbps=1048576 riops=1000 wiops=max");
+
+    let began = Instant::now();
+    let write = "dd if=/dev/zero of=/mnt/big bs=1M count=8 conv=fsync";
+    let _ = story.call(&["exec", "one", "sh", "-c", write]).success();
+    // A slice of the kernel's may be ahead of its time.
+    assert!(began.elapsed() > Duration::from_secs(7), "8 MiB at 1 MiB a second: {:?}", began.elapsed());
+    let stat = of_disk("io.stat");
+    let written = stat.split(' ').find_map(|field| field.strip_prefix("wbytes=")?.parse::<u64>().ok());
+    assert!(written >= Some(8 << 20), "written back by somebody else: {stat}");
+    let _ = story.call(&["rm", "--force", "one"]).success();
+}
+
+#[test]
+fn a_limit_that_the_host_cannot_give_is_refused_before_anything_is_made() {
+    let story = Story::new();
+    let disk = LoopDisk::mounted_at(&story.volume());
+    let refused = |options: &[&str]| {
+        let ran = story.run(options, &["true"]);
+        assert_eq!(ran.code, 125, "{ran:?}");
+        ran.stderr
+    };
+    assert!(refused(&["--device-read-bps", "/dev/null:1mb"]).contains("/dev/null is no block device"));
+    let limited = ["--device-read-bps", &format!("{}:1mb", disk.device)];
+    let degraded = refused(&[&limited[..], &["--allow-degraded", "cgroup"]].concat());
+    assert!(degraded.contains("limits of the cgroup that --allow-degraded=cgroup does without"), "{degraded}");
 }
 
 #[test]

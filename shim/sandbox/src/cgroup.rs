@@ -12,11 +12,14 @@ use std::time::{Duration, Instant};
 use agent_api::message::StatsReply;
 use thiserror::Error;
 
+use crate::io_limit::IoLimit;
 use crate::plan::VmSize;
 
 const ROOT: &str = "/sys/fs/cgroup";
 /// Controllers whose limits a VM has.
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
+/// Controllers of a VM with limits of I/O: what is written back later is charged to the cgroup that its memory is charged to.
+const IO_CONTROLLERS: [&str; 2] = ["io", "memory"];
 /// What a VM may take beside its RAM, in MiB: the VMM, the kernel's memory for both, and pages of files that it reads and writes.
 const OVERHEAD_MIB: u64 = 64;
 /// Threads that a VM may have beside its vCPUs.
@@ -41,6 +44,9 @@ pub enum CgroupError {
     /// The host has version 1.
     #[error("there is no cgroup v2 at {ROOT}: boot the host with systemd.unified_cgroup_hierarchy=1")]
     Version1,
+    /// Its kernel, or whoever started it, left the controller out.
+    #[error("the host cannot limit I/O: {ROOT}/cgroup.controllers has no io (CONFIG_BLK_CGROUP)")]
+    NoIo,
     /// The host refused.
     #[error("cannot {action} {}", path.display())]
     Host {
@@ -77,11 +83,11 @@ impl HostCgroup {
         Ok(cgroup)
     }
 
-    /// Makes this cgroup with the limits of a VM of that size: memory and CPU time of the guest and of what serves it, and threads.
+    /// Makes this cgroup with the limits of a VM of that size: memory and CPU time of the guest and of what serves it, threads, and I/O.
     ///
     /// # Errors
-    /// [`CgroupError::Version1`] and [`CgroupError::Host`]; nothing is left then.
-    pub fn create_limited(&self, size: VmSize) -> Result<(), CgroupError> {
+    /// [`CgroupError::Version1`], [`CgroupError::NoIo`] and [`CgroupError::Host`]; nothing is left then.
+    pub fn create_limited(&self, size: VmSize, io_limits: &[IoLimit]) -> Result<(), CgroupError> {
         check_version()?;
         let mut attempt = 1;
         while let Err(error) = self.make() {
@@ -92,7 +98,20 @@ impl HostCgroup {
             }
             attempt += 1;
         }
-        self.limit(size).inspect_err(|_| self.remove_with_parent())
+        self.limit(size).and_then(|()| self.limit_io(io_limits)).inspect_err(|_| self.remove_with_parent())
+    }
+
+    /// Limits what its processes read from disks and write to them. Those above it get the controllers, if there is a limit.
+    ///
+    /// # Errors
+    /// [`CgroupError::Version1`], [`CgroupError::NoIo`] and [`CgroupError::Host`].
+    pub fn limit_io(&self, limits: &[IoLimit]) -> Result<(), CgroupError> {
+        if limits.is_empty() {
+            return Ok(());
+        }
+        check_io()?;
+        self.above().try_for_each(|parent| enable_controllers(parent, &IO_CONTROLLERS))?;
+        limits.iter().try_for_each(|limit| self.write("io.max", &limit.line()))
     }
 
     /// One that was made before.
@@ -180,12 +199,17 @@ impl HostCgroup {
 
     /// Makes the folder and those above it.
     fn make(&self) -> Result<(), CgroupError> {
-        let above: Vec<&Path> = self.0.ancestors().skip(1).take_while(|path| path.starts_with(ROOT)).collect();
-        for parent in above.into_iter().rev() {
+        for parent in self.above() {
             make_folder(parent)?;
-            enable_controllers(parent)?;
+            enable_controllers(parent, &CONTROLLERS)?;
         }
         make_folder(&self.0)
+    }
+
+    /// The cgroups that it is in, the root first.
+    fn above(&self) -> impl Iterator<Item = &Path> {
+        let above: Vec<&Path> = self.0.ancestors().skip(1).take_while(|path| path.starts_with(ROOT)).collect();
+        above.into_iter().rev()
     }
 
     fn limit(&self, size: VmSize) -> Result<(), CgroupError> {
@@ -196,12 +220,23 @@ impl HostCgroup {
             ("cpu.max", format!("{cpu_us} {CPU_PERIOD_US}")),
             ("pids.max", (u32::from(size.vcpus) + THREADS).to_string()),
         ];
-        for (file, limit) in limits {
-            let path = self.0.join(file);
-            fs::write(&path, limit).map_err(CgroupError::host("write", &path))?;
-        }
-        Ok(())
+        limits.iter().try_for_each(|(file, limit)| self.write(file, limit))
     }
+
+    fn write(&self, file: &str, limit: &str) -> Result<(), CgroupError> {
+        let path = self.0.join(file);
+        fs::write(&path, limit).map_err(CgroupError::host("write", &path))
+    }
+}
+
+/// Whether the host can limit I/O.
+///
+/// # Errors
+/// [`CgroupError::Version1`] and [`CgroupError::NoIo`].
+pub fn check_io() -> Result<(), CgroupError> {
+    // Version 1 has no such file.
+    let found = fs::read_to_string(Path::new(ROOT).join("cgroup.controllers")).map_err(|_| CgroupError::Version1)?;
+    if missing(&found, &["io"]).is_empty() { Ok(()) } else { Err(CgroupError::NoIo) }
 }
 
 fn check_version() -> Result<(), CgroupError> {
@@ -217,18 +252,19 @@ fn make_folder(path: &Path) -> Result<(), CgroupError> {
 }
 
 /// Lets what is below a cgroup have limits.
-fn enable_controllers(cgroup: &Path) -> Result<(), CgroupError> {
+fn enable_controllers(cgroup: &Path, controllers: &[&str]) -> Result<(), CgroupError> {
     let path = cgroup.join("cgroup.subtree_control");
     let enabled = fs::read_to_string(&path).map_err(CgroupError::host("read", &path))?;
-    let missing: Vec<String> = CONTROLLERS
-        .into_iter()
-        .filter(|controller| !enabled.split_whitespace().any(|name| name == *controller))
-        .map(|controller| format!("+{controller}"))
-        .collect();
+    let missing: Vec<String> = missing(&enabled, controllers).iter().map(|name| format!("+{name}")).collect();
     if missing.is_empty() {
         return Ok(());
     }
     fs::write(&path, missing.join(" ")).map_err(CgroupError::host("turn on controllers by", &path))
+}
+
+/// Those that a list of the kernel does not have.
+fn missing<'a>(list: &str, controllers: &[&'a str]) -> Vec<&'a str> {
+    controllers.iter().copied().filter(|wanted| !list.split_whitespace().any(|name| name == *wanted)).collect()
 }
 
 /// Where a spec's cgroup is below the root. systemd's form is `SLICE:PREFIX:NAME`, and a slice `a-b.slice` is in `a.slice`.
@@ -262,7 +298,14 @@ fn slice_path(slice: &str) -> Option<PathBuf> {
 mod tests {
     use std::path::{Path, PathBuf};
 
-    use super::relative;
+    use super::{IO_CONTROLLERS, missing, relative};
+
+    #[test]
+    fn only_controllers_that_are_missing_are_turned_on() {
+        assert_eq!(missing("cpu memory pids\n", &IO_CONTROLLERS), ["io"]);
+        assert_eq!(missing("cpuset cpu io memory\n", &IO_CONTROLLERS), [""; 0]);
+        assert_eq!(missing("", &IO_CONTROLLERS), IO_CONTROLLERS);
+    }
 
     #[test]
     fn both_forms_of_a_path_are_known() {

@@ -18,6 +18,7 @@ mod follow;
 mod forward;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
+pub mod io_limit;
 pub mod network;
 mod pid_namespace;
 pub mod plan;

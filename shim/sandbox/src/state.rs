@@ -21,6 +21,8 @@ use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::io_limit::IoLimit;
+
 /// What is known of a container.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct State {
@@ -47,6 +49,9 @@ pub struct State {
     /// Protections that its VM does without, because whoever ran it allowed that.
     #[serde(default)]
     pub degraded: Vec<Protection>,
+    /// What its VM may read from disks of the host and write to them.
+    #[serde(default)]
+    pub io_limits: Vec<IoLimit>,
     /// Whether it is removed when it exits.
     pub auto_remove: bool,
     /// Why it ended, when its command alone does not say.

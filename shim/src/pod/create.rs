@@ -118,7 +118,7 @@ impl Pod {
     }
 
     pub(super) fn place<'a>(&'a self, cgroups_path: Option<&'a Path>, netns: Option<&'a Path>) -> Place<'a> {
-        Place { bundle: &self.bundle, cgroups_path, netns }
+        Place { bundle: &self.bundle, cgroups_path, io_limits: &[], netns }
     }
 
     /// Boots the pod's VM and listens to it.
@@ -168,6 +168,7 @@ impl Pod {
                 let size = cri::size(&self.config, Limits::of_container(&spec), &annotations)?;
                 let cgroups_path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone());
                 let place = self.place(cgroups_path.as_deref(), request.netns.as_deref());
+                let place = Place { io_limits: &request.io_limits, ..place };
                 self.boot(&request.id, size, shares, place).await?
             }
         };

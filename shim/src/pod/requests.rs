@@ -15,6 +15,7 @@ use crate::cri::Role;
 use crate::error::TaskError;
 use crate::metrics;
 use crate::process::Phase;
+use crate::translate;
 
 impl Pod {
     /// Freezes every process of a container.
@@ -55,9 +56,12 @@ impl Pod {
     }
 
     /// Changes a container's limits.
-    pub(crate) async fn update(&self, id: &str, resources: &LinuxResources) -> Result<(), TaskError> {
-        self.guest_container(id, "changing the size of a VM that runs")?;
-        Ok(self.vm()?.sandbox.update(id, resources).await?)
+    pub(crate) async fn update(&self, id: &str, mut resources: LinuxResources) -> Result<(), TaskError> {
+        let container = self.guest_container(id, "changing the size of a VM that runs")?;
+        let io_limits = translate::take_io_limits(&mut resources, container.role)?;
+        let vm = self.vm()?;
+        vm.limit_io(&io_limits)?;
+        Ok(vm.sandbox.update(id, &resources).await?)
     }
 
     /// What a container uses; of the one that stands for the pod, what the VM uses of the host.

@@ -29,6 +29,7 @@ fn member() -> CreateContainer {
         rootfs: Vec::new(),
         spec: Spec::default(),
         netns: None,
+        io_limits: Vec::new(),
         hooks: Hooks::default(),
     }
 }

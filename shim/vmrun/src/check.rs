@@ -46,7 +46,7 @@ const CONTROLLERS: [&str; 4] = ["cpu", "io", "memory", "pids"];
 
 /// Prints the lines; `run` is the folder of vmrun's state.
 pub(crate) fn check(security: bool, run: &Path, json: bool) -> Result<u8> {
-    let lines = if security { security::lines(Path::new("/"), run) } else { needs() };
+    let lines = if security { security::lines(Path::new("/"), run, security::has_core_scheduling()) } else { needs() };
     if json {
         println!("{}", serde_json::to_string_pretty(&lines)?);
     } else {

@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand};
 use sandbox::network::user::PortForward;
 use sandbox::state::Protection;
 
+use crate::device_rate::IoArgs;
 use crate::image::{OpenOptions, PullPolicy};
 use crate::install::{InstallTarget, UninstallTarget};
 use crate::log::Limits;
@@ -230,6 +231,8 @@ pub(crate) struct RunArgs {
     /// Most processes in the container.
     #[arg(long, value_name = "COUNT")]
     pub(crate) pids_limit: Option<i64>,
+    #[command(flatten)]
+    pub(crate) io: IoArgs,
     /// Share a host path with the container; OPTIONS: ro, rslave (what the host mounts below it later appears too).
     #[arg(short, long, value_name = "HOST:GUEST[:OPTIONS]")]
     pub(crate) volume: Vec<String>,

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::Result;
+use sandbox::io_limit::{IoKind, IoLimit};
 use sandbox::state::{self, State, Status};
 use serde_json::{Value, json};
 
@@ -54,9 +55,22 @@ fn describe(root: &Path, state: &State) -> Value {
             "FinishedAt": time(state.finished_at_ms),
         },
         "LogPath": file_path(&state.data_dir, 0),
-        "HostConfig": { "AutoRemove": state.auto_remove, "Cgroup": state.cgroup, "Degraded": state.degraded },
+        "HostConfig": {
+            "AutoRemove": state.auto_remove,
+            "Cgroup": state.cgroup,
+            "Degraded": state.degraded,
+            "BlkioDeviceReadBps": rates(&state.io_limits, IoKind::ReadBps),
+            "BlkioDeviceWriteBps": rates(&state.io_limits, IoKind::WriteBps),
+            "BlkioDeviceReadIOps": rates(&state.io_limits, IoKind::ReadIops),
+            "BlkioDeviceWriteIOps": rates(&state.io_limits, IoKind::WriteIops),
+        },
         "Spec": spec,
     })
+}
+
+fn rates(limits: &[IoLimit], kind: IoKind) -> Vec<Value> {
+    let of_kind = limits.iter().filter(|limit| limit.kind == kind);
+    of_kind.map(|limit| json!({ "Path": limit.disk.path, "Rate": limit.rate })).collect()
 }
 
 /// Docker's zero time for what has not happened.

@@ -9,6 +9,7 @@ mod container;
 mod control;
 mod cp;
 mod detach;
+mod device_rate;
 mod exec;
 mod exec_process;
 mod image;

@@ -17,6 +17,7 @@ use std::time::SystemTime;
 use anyhow::{Context as _, Result};
 use oci_spec::runtime::Spec;
 use sandbox::cgroup::{CgroupError, HostCgroup};
+use sandbox::io_limit::IoLimit;
 use sandbox::plan::VmSize;
 use sandbox::state::{self, Protection, State, StateDir, Status};
 
@@ -50,6 +51,7 @@ pub(crate) struct Wanted<'a> {
     pub(crate) auto_remove: bool,
     /// What it may do without.
     pub(crate) degraded: &'a [Protection],
+    pub(crate) io_limits: &'a [IoLimit],
 }
 
 /// The state and data of a container of ours.
@@ -61,7 +63,7 @@ pub(crate) struct Record {
 impl Record {
     /// Takes the name and makes the folders.
     pub(crate) fn create(folders: &Folders, wanted: Wanted<'_>) -> Result<Self> {
-        let Wanted { name, image, command, auto_remove, degraded } = wanted;
+        let Wanted { name, image, command, auto_remove, degraded, io_limits } = wanted;
         let root = std::path::absolute(&folders.root)?;
         let containers = std::path::absolute(&folders.data_root)?.join("containers");
         let data_dir = containers.join(format!("{name}.{}", random_hex(4)));
@@ -80,6 +82,7 @@ impl Record {
             data_dir,
             cgroup: (!degraded.contains(&Protection::Cgroup)).then(|| cgroup.path().to_owned()),
             degraded: degraded.to_vec(),
+            io_limits: io_limits.to_vec(),
             auto_remove,
             error: None,
             status: Status::Creating,
@@ -105,7 +108,7 @@ impl Record {
     /// Makes the cgroup of the VM, unless it does without.
     pub(crate) fn create_cgroup(&self, size: VmSize) -> Result<Option<HostCgroup>, CgroupError> {
         let cgroup = self.cgroup();
-        cgroup.iter().try_for_each(|cgroup| cgroup.create_limited(size))?;
+        cgroup.iter().try_for_each(|cgroup| cgroup.create_limited(size, &self.state.borrow().io_limits))?;
         Ok(cgroup)
     }
 
@@ -212,7 +215,8 @@ mod tests {
 
     use super::{Folders, Record, Wanted, orphaned_data_dirs};
 
-    const WANTED: Wanted<'_> = Wanted { name: "one", image: "image", command: &[], auto_remove: false, degraded: &[] };
+    const WANTED: Wanted<'_> =
+        Wanted { name: "one", image: "image", command: &[], auto_remove: false, degraded: &[], io_limits: &[] };
 
     fn folders(dir: &tempfile::TempDir) -> Folders {
         let [root, data_root] = ["run", "data"].map(|folder| dir.path().join(folder));

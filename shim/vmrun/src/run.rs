@@ -58,6 +58,7 @@ pub(crate) async fn run(folders: &Folders, args: RunArgs, place: Place) -> Resul
         stdio::check_terminal(args.interactive, args.tty)?;
     }
     let size = plan::vm_size(args.cpus, args.memory)?;
+    let io_limits = args.io.limits(&args.allow_degraded)?;
     let artifacts = Artifacts::find()?;
     let stop_signal = args.stop_signal.as_deref().map(signals::parse).transpose()?;
     if !rustix::process::geteuid().is_root() {
@@ -82,6 +83,7 @@ pub(crate) async fn run(folders: &Folders, args: RunArgs, place: Place) -> Resul
         command: &command,
         auto_remove: args.rm,
         degraded: &args.allow_degraded,
+        io_limits: &io_limits,
     };
     let record = Record::create(folders, wanted)?;
     let run = Run { args, image, name, command, size, artifacts, stop_signal, place, start };

@@ -2,7 +2,7 @@
 //! Every step is read back, and one that does not hold ends the process. Opens nothing for the VM and knows nothing of it.
 //!
 //! ```text
-//!   namespaces ─► an empty root ─► a user namespace ─► privileges and limits ─► filters of system calls, thread by thread
+//!   cores ─► namespaces ─► an empty root ─► a user namespace ─► privileges and limits ─► filters of system calls, thread by thread
 //! ```
 
 use std::io;
@@ -11,6 +11,7 @@ use std::sync::Arc;
 use rustix::thread::{CapabilitySet, capabilities};
 use thiserror::Error;
 
+mod cores;
 mod namespaces;
 mod privileges;
 mod root;
@@ -63,6 +64,7 @@ impl Jail {
 /// # Errors
 /// The first step that fails; the process is then half confined and must end.
 pub fn enter() -> Result<Jail, JailError> {
+    cores::keep_to_ourselves()?;
     let host = namespaces::Host::open()?;
     // Namespaces that the host owns give no rights to us even as root of a user namespace, so they come first. Who may not
     // make such needs the user namespace before.

@@ -21,6 +21,7 @@ fn state(name: &str) -> State {
         data_dir: PathBuf::from("/data"),
         cgroup: None,
         degraded: Vec::new(),
+        io_limits: Vec::new(),
         auto_remove: false,
         error: None,
         status: Status::Creating,

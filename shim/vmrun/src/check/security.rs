@@ -1,9 +1,12 @@
-//! `vmrun check --security`: what a host should have before hostile guests are let in. Reads only what the kernel tells under
-//! `/proc` and `/sys`; a fact that it does not tell is a warning, unless that means that it has no such thing.
+//! `vmrun check --security`: what a host should have before hostile guests are let in. Reads what the kernel tells under `/proc`
+//! and `/sys`, and asks for its core scheduling; a fact that it does not tell is a warning, unless that means that it has no such thing.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
+
+use rustix::process::getpid;
+use rustix::thread::{CoreSchedulingScope, core_scheduling_cookie};
 
 use super::Line;
 
@@ -48,12 +51,17 @@ const SETTINGS: [Setting; 4] = [
     Setting { name: "kernel log", path: "proc/sys/kernel/dmesg_restrict", remedy: "sysctl kernel.dmesg_restrict=1" },
 ];
 
+/// Whether cores run several threads, and the kernel keeps those of others off a VM's.
+pub(super) fn has_core_scheduling() -> bool {
+    core_scheduling_cookie(getpid(), CoreSchedulingScope::Thread).is_ok()
+}
+
 /// The lines for the host whose file systems are below `host`; `run` is the folder of vmrun's state.
-pub(super) fn lines(host: &Path, run: &Path) -> Vec<Line> {
+pub(super) fn lines(host: &Path, run: &Path, has_core_scheduling: bool) -> Vec<Line> {
     let mut lines = vec![
         vulnerabilities(&host.join("sys/devices/system/cpu/vulnerabilities")),
         command_line(&read(host, "proc/cmdline")),
-        threads(&read(host, "sys/devices/system/cpu/smt/active")),
+        threads(&read(host, "sys/devices/system/cpu/smt/active"), has_core_scheduling),
         second_level_paging(&parameter(host, ["kvm_intel/parameters/ept", "kvm_amd/parameters/npt"])),
         nested(&parameter(host, ["kvm_intel/parameters/nested", "kvm_amd/parameters/nested"])),
         huge_pages(&read(host, "sys/module/kvm/parameters/nx_huge_pages")),
@@ -121,14 +129,17 @@ fn weakens(word: &str) -> bool {
         })
 }
 
-fn threads(active: &str) -> Line {
+fn threads(active: &str, has_core_scheduling: bool) -> Line {
     const NAME: &str = "threads";
     match active {
         "0" => Line::pass(NAME, "a core runs one thread at a time"),
+        _ if has_core_scheduling => {
+            Line::pass(NAME, "a core runs several threads, never of two VMs at a time (core scheduling)")
+        }
         "1" => Line::warn(
             NAME,
-            "two VMs may share a core, and learn of each other by its caches",
-            "boot with nosmt where tenants do not trust each other",
+            "two VMs may share a core, and learn of each other by its caches: this kernel has no core scheduling",
+            "boot with nosmt, or a kernel with CONFIG_SCHED_CORE, where tenants do not trust each other",
         ),
         _ => Line::warn(NAME, "the kernel does not tell whether cores run several threads", "see lscpu"),
     }
@@ -247,7 +258,7 @@ mod tests {
     /// The lines that are not passed, by name.
     fn told(files: &[(&str, &str)]) -> Vec<(&'static str, bool)> {
         let host = host(files);
-        let lines = lines(host.path(), &host.path().join("run"));
+        let lines = lines(host.path(), &host.path().join("run"), false);
         lines.into_iter().filter(|line| line.remedy.is_some()).map(|line| (line.name, line.ok)).collect()
     }
 
@@ -307,6 +318,13 @@ mod tests {
         for name in ["cpu flaws", "command line", "threads", "paging", "nested", "huge pages", "ptrace"] {
             assert!(silent.contains(&(name, true)), "{name}: {silent:?}");
         }
+    }
+
+    #[test]
+    fn threads_of_a_core_are_no_matter_where_the_kernel_keeps_vms_apart() {
+        let passes = |active, has_core_scheduling| threads(active, has_core_scheduling).remedy.is_none();
+        assert!(passes("0", false) && passes("1", true) && passes("", true));
+        assert!(!passes("1", false) && !passes("", false));
     }
 
     #[test]
