@@ -80,6 +80,11 @@ impl HostCgroup {
         check_version()?;
         let cgroup = Self(Path::new(ROOT).join(relative));
         fs::create_dir_all(&cgroup.0).map_err(CgroupError::host("make the cgroup", &cgroup.0))?;
+        // Without controllers nobody knows what it uses. Where the parent has processes of its own, the kernel allows none.
+        if let Err(error) = cgroup.above().try_for_each(|parent| enable_controllers(parent, &CONTROLLERS)) {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(error, cgroup = %cgroup.0.display(), "what the VM uses is not known");
+        }
         Ok(cgroup)
     }
 
