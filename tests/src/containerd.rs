@@ -186,6 +186,24 @@ impl Containerd {
         self.ctr_command(&[&first, options, &[BUSYBOX, id], command].concat())
     }
 
+    /// Mounts something for containerd and what it starts.
+    ///
+    /// # Panics
+    /// When mount(8) fails.
+    pub fn mount(&self, options: &[&str], source: &Path, target: &Path) {
+        let paths = [source, target].map(|path| path.to_str().expect("a path of ours"));
+        let _ = outcome(self.command("mount", &[options, &paths].concat())).success();
+    }
+
+    /// Undoes [`Self::mount`].
+    ///
+    /// # Panics
+    /// When umount(8) fails.
+    pub fn unmount(&self, targets: &[&Path]) {
+        let targets: Vec<&str> = targets.iter().map(|path| path.to_str().expect("a path of ours")).collect();
+        let _ = outcome(self.command("umount", &targets)).success();
+    }
+
     /// Runs a future to its end.
     pub fn block_on<F: Future>(&self, future: F) -> F::Output {
         self.tokio.block_on(future)

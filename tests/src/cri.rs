@@ -25,6 +25,7 @@ mod channels;
 mod usage;
 
 pub use channels::Channels;
+pub use usage::holds_a_guest;
 
 /// Longest wait for an answer: VMs start on an emulated host.
 const DEADLINE: Duration = Duration::from_secs(240);

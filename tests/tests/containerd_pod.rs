@@ -6,11 +6,10 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::Duration;
 
-use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use k8s_cri::v1::{LinuxContainerResources, MountPropagation, NamespaceMode, PortMapping, Protocol};
 use rustix::process::Signal;
 use tests::containerd::{Check, Containerd, Release, share_of, tell, tell_share};
-use tests::cri::{CONTAINER_RUNNING, ConfigVolume, Cri, Pod, SANDBOX_READY, container, mount};
+use tests::cri::{CONTAINER_RUNNING, ConfigVolume, Cri, Pod, SANDBOX_READY, container, holds_a_guest, mount};
 use tests::{becomes_true, checks, eventually, outcome};
 
 const CHECKS: &[Check] = checks![
@@ -79,11 +78,6 @@ fn sid() {
 /// The handler of the stories' runtime.
 fn handler() -> &'static str {
     if Containerd::runtime() == "io.containerd.runc.v2" { "runc" } else { "vm" }
-}
-
-/// Whether that much memory was used as a guest's kernel alone takes, and time of a CPU.
-fn holds_a_guest(metrics: &Metrics) -> bool {
-    metrics.memory.usage > 16 << 20 && metrics.cpu.usage_usec > 0
 }
 
 async fn assert_pod_runs(cri: &mut Cri, pod: &Pod) {
@@ -179,8 +173,8 @@ fn volumes_are_those_of_kubernetes(containerd: &mut Containerd) {
         let (part, file) = (volumes.join("part"), volumes.join("file"));
         fs::create_dir(&part).expect("a folder");
         fs::write(&file, "").expect("a file");
-        mount_in_room(containerd, &["--bind"], &empty.join("sub"), &part);
-        mount_in_room(containerd, &["--bind"], &settings.path().join("..data/key"), &file);
+        containerd.mount(&["--bind"], &empty.join("sub"), &part);
+        containerd.mount(&["--bind"], &settings.path().join("..data/key"), &file);
         let with_volumes = |name: &str| {
             let mut config = container(name, WAIT);
             config.mounts = vec![
@@ -208,20 +202,9 @@ fn volumes_are_those_of_kubernetes(containerd: &mut Containerd) {
         assert_eq!(cri.shell(&second, "cat /empty/sub/note").await, "in-part\n");
         assert_eq!(fs::read_to_string(&log).expect("the log"), "last words\n");
         cri.remove_pod(&pod).await.expect("removed");
-        unmount_in_room(containerd, &[&part, &file]);
+        containerd.unmount(&[&part, &file]);
         fs::remove_dir_all(&volumes).expect("nothing holds the volumes");
     });
-}
-
-/// Mounts something for containerd and what it starts.
-fn mount_in_room(containerd: &Containerd, options: &[&str], source: &Path, target: &Path) {
-    let paths = [source, target].map(|path| path.to_str().expect("a path of ours"));
-    let _ = outcome(containerd.command("mount", &[options, &paths].concat())).success();
-}
-
-fn unmount_in_room(containerd: &Containerd, targets: &[&Path]) {
-    let targets: Vec<&str> = targets.iter().map(|path| path.to_str().expect("a path of ours")).collect();
-    let _ = outcome(containerd.command("umount", &targets)).success();
 }
 
 fn mounts_of_the_host_come_to_a_container_that_asks_for_them(containerd: &mut Containerd) {
@@ -256,7 +239,7 @@ fn mounts_of_the_host_come_to_a_container_that_asks_for_them(containerd: &mut Co
         let refused = cri.start(&pod, shared).await.expect_err("refused");
         assert!(refused.message().contains("ask for rslave (HostToContainer)"), "{refused}");
         cri.remove_pod(&pod).await.expect("removed");
-        unmount_in_room(containerd, &[&volume]);
+        containerd.unmount(&[&volume]);
         fs::remove_dir_all(&volume).expect("nothing holds the volume");
     });
 }
@@ -271,10 +254,10 @@ fn volumes_in_memory_are_memory_of_the_guest(containerd: &mut Containerd) {
         let (cache, part) = (volumes.join("kubernetes.io~empty-dir/cache"), volumes.join("part"));
         fs::create_dir_all(&cache).expect("a folder");
         fs::create_dir_all(&part).expect("a folder");
-        mount_in_room(containerd, &["-t", "tmpfs", "-o", "size=8m,mode=2770,gid=1234"], Path::new("memory"), &cache);
+        containerd.mount(&["-t", "tmpfs", "-o", "size=8m,mode=2770,gid=1234"], Path::new("memory"), &cache);
         let made = outcome(containerd.command("mkdir", &["-m", "700", cache.join("part").to_str().expect("a path")]));
         let _ = made.success();
-        mount_in_room(containerd, &["--bind"], &cache.join("part"), &part);
+        containerd.mount(&["--bind"], &cache.join("part"), &part);
         let with_volumes = |name: &str, script: &str| {
             let mut config = container(name, script);
             config.mounts = vec![mount(&cache, "/cache", false), mount(&part, "/part", false)];
@@ -296,7 +279,7 @@ fn volumes_in_memory_are_memory_of_the_guest(containerd: &mut Containerd) {
         let on_host = outcome(containerd.command("ls", &[paths[0]]));
         assert_eq!(on_host.success(), "part\n", "nothing of it is memory of the host");
         cri.remove_pod(&pod).await.expect("removed");
-        unmount_in_room(containerd, &[&part, &cache]);
+        containerd.unmount(&[&part, &cache]);
         fs::remove_dir_all(&volumes).expect("nothing holds the volumes");
     });
 }

@@ -36,6 +36,12 @@ impl Cri {
     }
 }
 
+/// Whether that much memory was used as a guest's kernel alone takes, and time of a CPU.
+#[must_use]
+pub fn holds_a_guest(metrics: &Metrics) -> bool {
+    metrics.memory.usage > 16 << 20 && metrics.cpu.usage_usec > 0
+}
+
 fn decoded(metric: Option<Metric>) -> Metrics {
     let data = metric.and_then(|metric| metric.data).expect("metrics of the pod");
     Metrics::parse_from_bytes(&data.value).expect("metrics of cgroup v2")
