@@ -40,7 +40,7 @@ pub(crate) struct VmDefaults {
     pub(crate) memory_mib: u32,
     /// Number of vCPUs.
     pub(crate) vcpus: u8,
-    /// Time that a guest has to boot, in seconds.
+    /// Time that a guest has to boot, in seconds. To begin a container or a process it has half of that, or 30 s.
     pub(crate) boot_deadline_s: u32,
 }
 

@@ -8,8 +8,12 @@ use tests::containerd::{Check, Containerd};
 use tests::cri::{CONTAINER_RUNNING, Cri, Pod, container};
 use tests::{becomes_true, checks};
 
-const CHECKS: &[Check] =
-    checks![vms_leave_nothing, containers_leave_nothing_in_their_pod, processes_leave_nothing_in_their_container];
+const CHECKS: &[Check] = checks![
+    vms_leave_nothing,
+    vms_at_a_time_leave_nothing,
+    containers_leave_nothing_in_their_pod,
+    processes_leave_nothing_in_their_container,
+];
 
 tests::tell_each_release!(CHECKS, &[]);
 
@@ -76,6 +80,12 @@ fn vms_leave_nothing(containerd: &mut Containerd) {
             task.start().await.expect("started");
             assert_eq!(task.kill_and_remove().await.expect("removed"), 137);
         }
+    });
+}
+
+fn vms_at_a_time_leave_nothing(containerd: &mut Containerd) {
+    let client = containerd.client();
+    containerd.block_on(async {
         let at_once = (0..number_of(20, 3)).map(|number| {
             let client = client.clone();
             async move { client.run(&format!("time-{number}"), &["echo", "x"], |_| {}).await }

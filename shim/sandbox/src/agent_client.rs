@@ -6,7 +6,7 @@ use agent_api::service::AgentClient as Stub;
 use agent_api::{message, service};
 use tokio::net::UnixStream;
 use ttrpc::asynchronous::transport::Socket;
-use ttrpc::context;
+use ttrpc::context::{self, Context};
 
 use crate::text::escape;
 use crate::{CallError, ProcessId};
@@ -18,36 +18,43 @@ const SHUTDOWN_DEADLINE: Duration = Duration::from_millis(300);
 
 /// The connection to the agent.
 #[derive(Clone)]
-pub(crate) struct AgentClient(Stub);
+pub(crate) struct AgentClient {
+    stub: Stub,
+    /// Deadline of calls that begin something: a host whose boots are slow is slow in these as well, half as much.
+    begin_deadline: Duration,
+}
 
 impl AgentClient {
-    pub(crate) fn new(stream: UnixStream) -> Self {
-        Self(service::AgentClient::new(ttrpc::asynchronous::Client::new(Socket::new(stream))))
+    /// Of a guest that has `boot_deadline` to boot.
+    pub(crate) fn new(stream: UnixStream, boot_deadline: Duration) -> Self {
+        let stub = service::AgentClient::new(ttrpc::asynchronous::Client::new(Socket::new(stream)));
+        Self { stub, begin_deadline: CALL_DEADLINE.max(boot_deadline / 2) }
     }
 
     pub(crate) async fn configure(&self, request: &message::ConfigureRequest) -> Result<(), CallError> {
-        bounded("Configure", self.0.configure(context::with_duration(CALL_DEADLINE), request)).await.map(drop)
+        bounded("Configure", self.begin_deadline, |context| self.stub.configure(context, request)).await.map(drop)
     }
 
     pub(crate) async fn create(&self, request: &message::CreateContainerRequest) -> Result<(), CallError> {
-        let call = self.0.create_container(context::with_duration(CALL_DEADLINE), request);
-        bounded("CreateContainer", call).await.map(drop)
+        bounded("CreateContainer", self.begin_deadline, |context| self.stub.create_container(context, request))
+            .await
+            .map(drop)
     }
 
     pub(crate) async fn start(&self, container_id: &str) -> Result<(), CallError> {
         let request = container(container_id);
-        bounded("StartContainer", self.0.start_container(context::with_duration(CALL_DEADLINE), &request))
+        bounded("StartContainer", self.begin_deadline, |context| self.stub.start_container(context, &request))
             .await
             .map(drop)
     }
 
     pub(crate) async fn exec(&self, request: &message::ExecRequest) -> Result<(), CallError> {
-        bounded("Exec", self.0.exec(context::with_duration(CALL_DEADLINE), request)).await.map(drop)
+        bounded("Exec", self.begin_deadline, |context| self.stub.exec(context, request)).await.map(drop)
     }
 
     pub(crate) async fn run_exec(&self, request: &message::ExecRequest) -> Result<message::WaitReply, CallError> {
         // A process runs as long as it likes.
-        self.0.run_exec(context::with_timeout(0), request).await.map_err(|error| translate("RunExec", error))
+        self.stub.run_exec(context::with_timeout(0), request).await.map_err(|error| translate("RunExec", error))
     }
 
     pub(crate) async fn wait(&self, id: &ProcessId) -> Result<message::WaitReply, CallError> {
@@ -57,7 +64,7 @@ impl AgentClient {
             ..Default::default()
         };
         // A process runs as long as it likes.
-        self.0.wait(context::with_timeout(0), &request).await.map_err(|error| translate("Wait", error))
+        self.stub.wait(context::with_timeout(0), &request).await.map_err(|error| translate("Wait", error))
     }
 
     pub(crate) async fn signal(&self, id: &ProcessId, signal: u32, all: bool) -> Result<(), CallError> {
@@ -68,7 +75,7 @@ impl AgentClient {
             all,
             ..Default::default()
         };
-        bounded("Signal", self.0.signal(context::with_duration(CALL_DEADLINE), &request)).await.map(drop)
+        bounded("Signal", CALL_DEADLINE, |context| self.stub.signal(context, &request)).await.map(drop)
     }
 
     pub(crate) async fn resize(&self, id: &ProcessId, rows: u16, columns: u16) -> Result<(), CallError> {
@@ -79,7 +86,7 @@ impl AgentClient {
             columns: columns.into(),
             ..Default::default()
         };
-        bounded("Resize", self.0.resize(context::with_duration(CALL_DEADLINE), &request)).await.map(drop)
+        bounded("Resize", CALL_DEADLINE, |context| self.stub.resize(context, &request)).await.map(drop)
     }
 
     pub(crate) async fn close_stdin(&self, id: &ProcessId, sent_bytes: u64) -> Result<(), CallError> {
@@ -89,7 +96,7 @@ impl AgentClient {
             sent_bytes,
             ..Default::default()
         };
-        bounded("CloseStdin", self.0.close_stdin(context::with_duration(CALL_DEADLINE), &request)).await.map(drop)
+        bounded("CloseStdin", CALL_DEADLINE, |context| self.stub.close_stdin(context, &request)).await.map(drop)
     }
 
     pub(crate) async fn state(&self, id: &ProcessId) -> Result<message::StateReply, CallError> {
@@ -98,56 +105,58 @@ impl AgentClient {
             exec_id: id.exec_id.clone(),
             ..Default::default()
         };
-        bounded("State", self.0.state(context::with_duration(CALL_DEADLINE), &request)).await
+        bounded("State", CALL_DEADLINE, |context| self.stub.state(context, &request)).await
     }
 
     pub(crate) async fn next_events(&self) -> Result<message::EventsReply, CallError> {
         // Nothing may happen for as long as the sandbox lives.
         let request = message::Empty::new();
-        self.0.next_events(context::with_timeout(0), &request).await.map_err(|error| translate("NextEvents", error))
+        self.stub.next_events(context::with_timeout(0), &request).await.map_err(|error| translate("NextEvents", error))
     }
 
     pub(crate) async fn set_network(&self, request: &message::SetNetworkRequest) -> Result<(), CallError> {
-        bounded("SetNetwork", self.0.set_network(context::with_duration(CALL_DEADLINE), request)).await.map(drop)
+        bounded("SetNetwork", CALL_DEADLINE, |context| self.stub.set_network(context, request)).await.map(drop)
     }
 
     pub(crate) async fn set_clock(&self, realtime_ns: i64) -> Result<(), CallError> {
         let request = message::SetClockRequest { realtime_ns, ..Default::default() };
-        bounded("SetClock", self.0.set_clock(context::with_duration(CALL_DEADLINE), &request)).await.map(drop)
+        bounded("SetClock", CALL_DEADLINE, |context| self.stub.set_clock(context, &request)).await.map(drop)
     }
 
     pub(crate) async fn online_resources(&self) -> Result<message::OnlineResourcesReply, CallError> {
         let request = message::Empty::new();
-        bounded("OnlineResources", self.0.online_resources(context::with_duration(CALL_DEADLINE), &request)).await
+        bounded("OnlineResources", CALL_DEADLINE, |context| self.stub.online_resources(context, &request)).await
     }
 
     pub(crate) async fn stat_path(&self, container_id: &str, path: &str) -> Result<message::PathKind, CallError> {
         let request =
             message::PathRequest { container_id: container_id.to_owned(), path: path.to_owned(), ..Default::default() };
-        let call = self.0.stat_path(context::with_duration(CALL_DEADLINE), &request);
-        Ok(bounded("StatPath", call).await?.kind.enum_value_or_default())
+        Ok(bounded("StatPath", CALL_DEADLINE, |context| self.stub.stat_path(context, &request))
+            .await?
+            .kind
+            .enum_value_or_default())
     }
 
     /// Copies for as long as it takes.
     pub(crate) async fn copy_in(&self, request: &message::CopyRequest) -> Result<(), CallError> {
-        let answer = self.0.copy_in(context::with_timeout(0), request).await;
+        let answer = self.stub.copy_in(context::with_timeout(0), request).await;
         answer.map(drop).map_err(|error| translate("CopyIn", error))
     }
 
     /// As [`Self::copy_in`].
     pub(crate) async fn copy_out(&self, request: &message::CopyRequest) -> Result<(), CallError> {
-        let answer = self.0.copy_out(context::with_timeout(0), request).await;
+        let answer = self.stub.copy_out(context::with_timeout(0), request).await;
         answer.map(drop).map_err(|error| translate("CopyOut", error))
     }
 
     /// Answered when the connection is over.
     pub(crate) async fn forward(&self, request: &message::ForwardRequest) -> Result<(), CallError> {
-        let answer = self.0.forward(context::with_timeout(0), request).await;
+        let answer = self.stub.forward(context::with_timeout(0), request).await;
         answer.map(drop).map_err(|error| translate("Forward", error))
     }
 
     pub(crate) async fn update(&self, request: &message::UpdateRequest) -> Result<(), CallError> {
-        bounded("Update", self.0.update(context::with_duration(CALL_DEADLINE), request)).await.map(drop)
+        bounded("Update", CALL_DEADLINE, |context| self.stub.update(context, request)).await.map(drop)
     }
 
     pub(crate) async fn delete(&self, id: &ProcessId, force: bool) -> Result<(), CallError> {
@@ -157,64 +166,65 @@ impl AgentClient {
             force,
             ..Default::default()
         };
-        bounded("Delete", self.0.delete(context::with_duration(CALL_DEADLINE), &request)).await.map(drop)
+        bounded("Delete", CALL_DEADLINE, |context| self.stub.delete(context, &request)).await.map(drop)
     }
 
     pub(crate) async fn stats(&self, container_id: &str) -> Result<message::StatsReply, CallError> {
-        bounded("Stats", self.0.stats(context::with_duration(CALL_DEADLINE), &container(container_id))).await
+        let request = container(container_id);
+        bounded("Stats", CALL_DEADLINE, |context| self.stub.stats(context, &request)).await
     }
 
     pub(crate) async fn pause(&self, container_id: &str) -> Result<(), CallError> {
-        bounded("Pause", self.0.pause(context::with_duration(CALL_DEADLINE), &container(container_id))).await.map(drop)
+        let request = container(container_id);
+        bounded("Pause", CALL_DEADLINE, |context| self.stub.pause(context, &request)).await.map(drop)
     }
 
     pub(crate) async fn resume(&self, container_id: &str) -> Result<(), CallError> {
-        bounded("Resume", self.0.resume(context::with_duration(CALL_DEADLINE), &container(container_id)))
-            .await
-            .map(drop)
+        let request = container(container_id);
+        bounded("Resume", CALL_DEADLINE, |context| self.stub.resume(context, &request)).await.map(drop)
     }
 
     pub(crate) async fn list_processes(&self, container_id: &str) -> Result<Vec<message::GuestProcess>, CallError> {
         let request = container(container_id);
-        let call = self.0.list_processes(context::with_duration(CALL_DEADLINE), &request);
-        Ok(bounded("ListProcesses", call).await?.processes)
+        Ok(bounded("ListProcesses", CALL_DEADLINE, |context| self.stub.list_processes(context, &request))
+            .await?
+            .processes)
     }
 
     pub(crate) async fn add_share(&self, tag: &str) -> Result<(), CallError> {
         let request = message::ShareRequest { tag: tag.to_owned(), ..Default::default() };
-        bounded("AddShare", self.0.add_share(context::with_duration(CALL_DEADLINE), &request)).await.map(drop)
+        bounded("AddShare", CALL_DEADLINE, |context| self.stub.add_share(context, &request)).await.map(drop)
     }
 
     pub(crate) async fn remove_share(&self, tag: &str) -> Result<(), CallError> {
         let request = message::ShareRequest { tag: tag.to_owned(), ..Default::default() };
-        bounded("RemoveShare", self.0.remove_share(context::with_duration(CALL_DEADLINE), &request)).await.map(drop)
+        bounded("RemoveShare", CALL_DEADLINE, |context| self.stub.remove_share(context, &request)).await.map(drop)
     }
 
     pub(crate) async fn add_memory_volume(&self, request: &message::MemoryVolumeRequest) -> Result<(), CallError> {
-        let call = self.0.add_memory_volume(context::with_duration(CALL_DEADLINE), request);
-        bounded("AddMemoryVolume", call).await.map(drop)
+        bounded("AddMemoryVolume", CALL_DEADLINE, |context| self.stub.add_memory_volume(context, request))
+            .await
+            .map(drop)
     }
 
     pub(crate) async fn write_volume(&self, request: &message::WriteVolumeRequest) -> Result<(), CallError> {
-        let call = self.0.write_volume(context::with_duration(CALL_DEADLINE), request);
-        bounded("WriteVolume", call).await.map(drop)
+        bounded("WriteVolume", CALL_DEADLINE, |context| self.stub.write_volume(context, request)).await.map(drop)
     }
 
     pub(crate) async fn listen_socket(&self, request: &message::ListenSocketRequest) -> Result<(), CallError> {
-        let call = self.0.listen_socket(context::with_duration(CALL_DEADLINE), request);
-        bounded("ListenSocket", call).await.map(drop)
+        bounded("ListenSocket", CALL_DEADLINE, |context| self.stub.listen_socket(context, request)).await.map(drop)
     }
 
     pub(crate) async fn accept_socket(&self, request: &message::AcceptSocketRequest) -> Result<(), CallError> {
         // Nobody may ever connect.
-        let call = self.0.accept_socket(context::with_timeout(0), request);
+        let call = self.stub.accept_socket(context::with_timeout(0), request);
         call.await.map(drop).map_err(|error| translate("AcceptSocket", error))
     }
 
     /// The guest may reset before it answers, so there is nothing to report.
     pub(crate) async fn shutdown(&self) {
         let request = message::Empty::new();
-        let call = self.0.shutdown(context::with_duration(SHUTDOWN_DEADLINE), &request);
+        let call = self.stub.shutdown(context::with_duration(SHUTDOWN_DEADLINE), &request);
         let _ = tokio::time::timeout(SHUTDOWN_DEADLINE, call).await;
     }
 }
@@ -223,10 +233,16 @@ fn container(container_id: &str) -> message::ContainerRequest {
     message::ContainerRequest { container_id: container_id.to_owned(), ..Default::default() }
 }
 
-async fn bounded<T>(call: &'static str, answer: impl Future<Output = ttrpc::Result<T>>) -> Result<T, CallError> {
-    match tokio::time::timeout(CALL_DEADLINE, answer).await {
+async fn bounded<T, F: Future<Output = ttrpc::Result<T>>>(
+    call: &'static str,
+    deadline: Duration,
+    ask: impl FnOnce(Context) -> F,
+) -> Result<T, CallError> {
+    // Later than our own deadline, which has a message of its own.
+    let context = context::with_duration(deadline + Duration::from_secs(1));
+    match tokio::time::timeout(deadline, ask(context)).await {
         Ok(answer) => answer.map_err(|error| translate(call, error)),
-        Err(_) => Err(CallError::Deadline { call, deadline_ms: 30_000 }),
+        Err(_) => Err(CallError::Deadline { call, deadline_ms: deadline.as_millis() }),
     }
 }
 

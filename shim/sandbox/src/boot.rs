@@ -72,7 +72,7 @@ impl Sandbox {
         let spawn = start.elapsed();
         let agent = tokio::select! {
             biased;
-            Ok(connected) = ports.accept_agent() => AgentClient::new(connected),
+            Ok(connected) = ports.accept_agent() => AgentClient::new(connected, request.deadline),
             exit = vmm.ended() => {
                 return Err(BootError::Ended { exit: Box::new(exit), elapsed_ms: start.elapsed().as_millis() });
             }

@@ -106,7 +106,7 @@ pub enum CallError {
         /// The call.
         call: &'static str,
         /// The deadline that passed.
-        deadline_ms: u64,
+        deadline_ms: u128,
     },
     /// The connection to the agent is gone.
     #[error("the connection to the agent broke during `{call}`: {detail}")]

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::time::Duration;
 
 use agent_api::SHARE_DIR;
 use oci_spec::runtime::Spec;
@@ -22,7 +23,7 @@ pub fn agent_answers(data: &[u8]) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
         let (ours, mut theirs) = UnixStream::pair().expect("a socket pair");
-        let agent = AgentClient::new(ours);
+        let agent = AgentClient::new(ours, Duration::ZERO);
         let id = ProcessId::init("box");
         let asked = async {
             let (events, state, stats, processes) =
