@@ -53,7 +53,7 @@ fn run_hooks(id: &str, bundle: &Path) {
     let allowed = Config::load().is_ok_and(|config| config.hooks.allowed);
     let Ok(mut spec) = read_spec(bundle) else { return };
     let hooks = Hooks::take(&mut spec, id, bundle);
-    if !allowed || hooks.is_empty() {
+    if !allowed || !hooks.are_owed() {
         return;
     }
     if let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() {

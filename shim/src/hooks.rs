@@ -2,6 +2,7 @@
 //! there and does not run yet, `poststart`, `poststop`. They are how some engines wire a network. A spec names any program of the host in
 //! them, so they run only where the configuration allows it; those for the container's own namespaces are the agent's to refuse.
 
+use std::fs;
 use std::io;
 use std::path::Path;
 use std::process::{ExitStatus, Stdio};
@@ -14,6 +15,8 @@ use tokio::process::Command;
 
 /// Longest run of a hook that names no `timeout`.
 const DEADLINE: Duration = Duration::from_secs(60);
+/// File in a container's folder from its first hook on, until those of its deletion have run.
+const OWED: &str = "vmrun.hooks";
 /// Most that is told of what a failed hook said, in bytes.
 const MAX_SAID: u64 = 1024;
 
@@ -70,12 +73,28 @@ impl Hooks {
         [&self.created, &self.started, &self.deleted].into_iter().all(Vec::is_empty)
     }
 
+    /// Whether those of the deletion are still to run: by the server, or when that is gone by who cleans up behind it.
+    pub(crate) fn are_owed(&self) -> bool {
+        self.state.bundle().join(OWED).exists()
+    }
+
+    fn set_owed(&self, owed: bool) {
+        let path = self.state.bundle().join(OWED);
+        let done = if owed { fs::write(path, "") } else { fs::remove_file(path) };
+        if let Err(error) = done {
+            tracing::warn!(%error, "it is not known whether the hooks of a container's deletion have run");
+        }
+    }
+
     /// Runs those of a moment one after the other, to the first that fails. `pid` is the process that stands for the container: the VMM's,
     /// whose network namespace is the container's where the spec names none.
     ///
     /// # Errors
     /// Which hook failed, and why.
     pub(crate) async fn run(&self, moment: Moment, pid: Option<u32>) -> Result<(), (Hook, HookError)> {
+        if moment == Moment::Created && !self.is_empty() {
+            self.set_owed(true);
+        }
         let (hooks, status) = match moment {
             Moment::Created => (&self.created, ContainerState::Created),
             Moment::Started => (&self.started, ContainerState::Running),
@@ -94,6 +113,9 @@ impl Hooks {
         if let Err((hook, error)) = self.run(moment, pid).await {
             let error = &error as &dyn std::error::Error;
             tracing::warn!(error, path = %hook.path().display(), "a hook failed");
+        }
+        if moment == Moment::Deleted && self.are_owed() {
+            self.set_owed(false);
         }
     }
 }
@@ -166,7 +188,9 @@ mod tests {
                 .is_some_and(|left| left.create_runtime().is_none() && left.start_container().is_some())
         );
         hooks.run(Moment::Started, Some(7)).await.expect("there is none");
+        assert!(!hooks.are_owed());
         hooks.run(Moment::Created, Some(7)).await.expect("run");
+        assert!(hooks.are_owed());
         let told = fs::read_to_string(dir.path().join("told")).expect("the hook ran in the bundle");
         let state = told.strip_prefix("hook of the hook  ").expect("its name, its variable, and no other");
         let state: Value = serde_json::from_str(state).expect("JSON");
@@ -175,6 +199,8 @@ mod tests {
             "ociVersion": "1.1.0", "id": "one", "status": "created", "pid": 7, "bundle": bundle, "annotations": { "a": "b" }
         });
         assert_eq!(state, wanted);
+        hooks.run_all_the_same(Moment::Deleted, None).await;
+        assert!(!hooks.are_owed());
     }
 
     #[tokio::test]
