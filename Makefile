@@ -39,7 +39,8 @@ run: build
 test: packages lint-rest
 	$(MAKE) --jobs=3 programs guest-kernel test-programs
 	$(hostile) build --release
-	@tests/install-packages docker-registry skopeo containernetworking-plugins iproute2 iptables passt curl iperf3
+	@tests/install-packages docker-registry skopeo containernetworking-plugins iproute2 iptables passt curl iperf3 \
+	  e2fsprogs mount
 	tests/debian-image >/dev/null
 	tests/containerd-packages >/dev/null
 	tests/run

@@ -11,7 +11,7 @@ use sandbox::state::Protection;
 use crate::device_rate::IoArgs;
 use crate::image::{OpenOptions, PullPolicy};
 use crate::install::{InstallTarget, UninstallTarget};
-use crate::log::Limits;
+use crate::log::LogArgs;
 use crate::network::{NetworkMode, parse_dns, parse_host, parse_ip, parse_ip6, parse_port};
 use crate::port_forward::{Ports, parse_ports};
 
@@ -278,12 +278,8 @@ pub(crate) struct RunArgs {
     /// Seconds that `stop` waits when it is the supervisor that is stopped.
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     pub(crate) stop_timeout: u64,
-    /// Where output is kept for `logs`: json-file or none.
-    #[arg(long, value_name = "DRIVER", default_value = "json-file", value_parser = ["json-file", "none"])]
-    pub(crate) log_driver: String,
-    /// Limit of the log: max-size=SIZE or max-file=COUNT.
-    #[arg(long, value_name = "NAME=VALUE")]
-    pub(crate) log_opt: Vec<String>,
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
     /// Network: none, user, bridge, or netns:PATH [default: user when a port or an address is given, else none].
     #[arg(long, alias = "net", value_name = "MODE")]
     pub(crate) network: Option<NetworkMode>,
@@ -423,23 +419,6 @@ pub(crate) struct StatsArgs {
 pub(crate) enum Tail {
     All,
     Last(usize),
-}
-
-impl RunArgs {
-    /// What the log keeps, if there is one.
-    pub(crate) fn log_limits(&self) -> anyhow::Result<Option<Limits>> {
-        let mut limits = Limits::default();
-        for option in &self.log_opt {
-            match option.split_once('=') {
-                Some(("max-size", size)) => limits.max_size = parse_bytes(size).map_err(anyhow::Error::msg)?,
-                Some(("max-file", count)) if count.parse().is_ok_and(|count: u32| count > 0) => {
-                    limits.max_file = count.parse()?;
-                }
-                _ => anyhow::bail!("--log-opt {option:?} is not max-size=SIZE or max-file=COUNT"),
-            }
-        }
-        Ok((self.log_driver == "json-file").then_some(limits))
-    }
 }
 
 fn parse_protection(name: &str) -> Result<Protection, String> {

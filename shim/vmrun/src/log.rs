@@ -13,7 +13,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
+use anyhow::{Result, bail};
+use clap::Args;
 use serde::{Deserialize, Serialize};
+
+use crate::cli::parse_bytes;
 
 /// Longest piece of a line in one entry, in bytes, as with Docker. A longer line is several entries; only the last one ends
 /// with a newline.
@@ -36,6 +40,34 @@ pub(crate) struct Entry {
 pub(crate) enum Stream {
     Stdout,
     Stderr,
+}
+
+/// Which log a container has.
+#[derive(Args, Debug)]
+pub(crate) struct LogArgs {
+    /// Where output is kept for `logs`: json-file or none.
+    #[arg(long, value_name = "DRIVER", default_value = "json-file", value_parser = ["json-file", "none"])]
+    log_driver: String,
+    /// Limit of the log: max-size=SIZE or max-file=COUNT.
+    #[arg(long, value_name = "NAME=VALUE")]
+    log_opt: Vec<String>,
+}
+
+impl LogArgs {
+    /// What the log keeps, if there is one.
+    pub(crate) fn limits(&self) -> Result<Option<Limits>> {
+        let mut limits = Limits::default();
+        for option in &self.log_opt {
+            match option.split_once('=') {
+                Some(("max-size", size)) => limits.max_size = parse_bytes(size).map_err(anyhow::Error::msg)?,
+                Some(("max-file", count)) if count.parse().is_ok_and(|count: u32| count > 0) => {
+                    limits.max_file = count.parse()?;
+                }
+                _ => bail!("--log-opt {option:?} is not max-size=SIZE or max-file=COUNT"),
+            }
+        }
+        Ok((self.log_driver == "json-file").then_some(limits))
+    }
 }
 
 /// How much a log keeps.

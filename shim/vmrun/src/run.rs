@@ -261,7 +261,7 @@ impl Run {
     }
 
     fn copy_streams(&self, record: &Record, streams: ProcessStreams) -> Result<Copying> {
-        let log = match self.args.log_limits()? {
+        let log = match self.args.log.limits()? {
             Some(limits) => Some(Log::create(&record.data_dir(), limits).context("cannot make the log")?),
             None => None,
         };
