@@ -40,7 +40,7 @@ test: packages lint-rest
 	$(MAKE) --jobs=3 programs guest-kernel test-programs
 	$(hostile) build --release
 	@tests/install-packages docker-registry skopeo containernetworking-plugins iproute2 iptables passt curl iperf3 \
-	  e2fsprogs mount
+	  e2fsprogs mount strace
 	tests/debian-image >/dev/null
 	tests/containerd-packages >/dev/null
 	tests/run

@@ -23,6 +23,7 @@ pub mod guest;
 pub mod image;
 pub mod lan;
 pub mod liar;
+pub mod mounted;
 pub mod pod;
 pub mod python;
 pub mod registry;

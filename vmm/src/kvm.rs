@@ -11,11 +11,12 @@ use kvm_bindings::{
     KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE, kvm_cpuid_entry2, kvm_enable_cap, kvm_pit_config,
     kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd};
 use thiserror::Error;
 use vm_memory::{Address as _, GuestMemory as _, GuestMemoryRegion as _, MemoryRegionAddress};
 
 use crate::arch::layout::ROOT_IMAGE_START;
+use crate::arch::msrs;
 use crate::root_image::RootImage;
 use crate::virtio::GuestMemory;
 
@@ -53,7 +54,7 @@ pub enum KvmError {
 }
 
 /// What each guest needs.
-const NEEDED: [Cap; 10] = [
+const NEEDED: [Cap; 11] = [
     Cap::Irqchip,
     Cap::UserMemory,
     Cap::Ioeventfd,
@@ -64,6 +65,7 @@ const NEEDED: [Cap; 10] = [
     Cap::ImmediateExit,
     Cap::AdjustClock,
     Cap::ReadonlyMem,
+    Cap::X86MsrFilter,
 ];
 
 /// Opens KVM, from a descriptor if the caller gave one.
@@ -101,7 +103,7 @@ fn check_capabilities(has: impl Fn(Cap) -> bool) -> Result<(), KvmError> {
     }
 }
 
-/// Makes a VM with its interrupt controllers and its memory.
+/// Makes a VM with its interrupt controllers, its memory, and without the registers that no guest reaches.
 ///
 /// # Errors
 /// [`KvmError::Ioctl`].
@@ -114,6 +116,7 @@ pub fn create_vm(kvm: &Kvm, memory: &GuestMemory, root_image: Option<RootImage>)
         let capability = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, args: disable, ..Default::default() };
         vm.enable_cap(&capability).map_err(ioctl("KVM_ENABLE_CAP of KVM_CAP_PMU_CAPABILITY"))?;
     }
+    filter_msrs(&vm).map_err(ioctl("KVM_X86_SET_MSR_FILTER"))?;
     let mut slots = Vec::new();
     for region in memory.iter() {
         let address = region.get_host_address(MemoryRegionAddress(0)).map_err(|_| KvmError::Ioctl {
@@ -146,6 +149,18 @@ pub fn create_vm(kvm: &Kvm, memory: &GuestMemory, root_image: Option<RootImage>)
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
     vm.create_pit2(pit).map_err(ioctl("KVM_CREATE_PIT2"))?;
     Ok(Arc::new(vm))
+}
+
+/// An access to a register that is not allowed is a fault for the guest; no exit to us was asked for.
+fn filter_msrs(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
+    let windows = msrs::windows();
+    let ranges = windows.each_ref().map(|window| MsrFilterRange {
+        flags: MsrFilterRangeFlags::READ | MsrFilterRangeFlags::WRITE,
+        base: window.base,
+        msr_count: msrs::WINDOW_LEN,
+        bitmap: &window.allowed,
+    });
+    vm.set_msr_filter(MsrFilterDefaultAction::ALLOW, &ranges)
 }
 
 /// A second handle of a vCPU.

@@ -145,18 +145,18 @@ fn mount_rootfs(rootfs: &Rootfs, scratch: &Path) -> io::Result<OwnedFd> {
     match rootfs {
         Rootfs::Directory { path, read_only } => {
             mount_bind_recursive(path, scratch)?;
-            restrict(scratch, *read_only)?;
+            add_flags(scratch, flags_of_share(*read_only))?;
         }
         Rootfs::Layers { lower, layer_dir, writable } => {
             let options = overlay_options(lower, writable.as_deref())?;
             std::env::set_current_dir(layer_dir)?;
-            let flags = MountFlags::NODEV | if writable.is_some() { MountFlags::empty() } else { MountFlags::RDONLY };
+            let flags = flags_of_share(writable.is_none());
             let options = std::ffi::CString::new(options)?;
             mount("overlay", scratch, "overlay", flags, Some(options.as_c_str()))?;
         }
         Rootfs::Mounts { mounts, read_only } => {
             mounts.iter().try_for_each(|mount| mount.mount_below(scratch))?;
-            restrict(scratch, *read_only)?;
+            add_flags(scratch, flags_of_share(*read_only))?;
         }
     }
     clone_tree(scratch)
@@ -172,18 +172,26 @@ fn mount_volumes(volumes: &[Volume], scratch: &Path) -> io::Result<()> {
             File::create(&target)?;
         }
         mount_bind_recursive(&volume.source, &target)?;
-        restrict(&target, volume.read_only)?;
+        // The guest's kernel follows the links of a volume. Those of a root file system we follow ourselves: `open_in_tree`.
+        add_flags(&target, flags_of_share(volume.read_only) | MountFlags::NOSYMFOLLOW)?;
     }
     Ok(mount_remount(scratch, MountFlags::BIND | MountFlags::RDONLY | MountFlags::NODEV | MountFlags::NOSUID, "")?)
 }
 
-/// No device of the host is ever reached through a share, and read-only holds for every mount below `target` too. For those that come
-/// later, to a slave, the VMM's file system device keeps both.
-fn restrict(target: &Path, read_only: bool) -> io::Result<()> {
+/// No device and no other user's rights of the host are ever reached through a share.
+fn flags_of_share(read_only: bool) -> MountFlags {
     let read_only = if read_only { MountFlags::RDONLY } else { MountFlags::empty() };
-    for Mounted { mount_point, .. } in mount_table()? {
-        if mount_point.starts_with(target) {
-            mount_remount(mount_point.as_path(), MountFlags::BIND | MountFlags::NODEV | read_only, "")?;
+    MountFlags::NODEV | MountFlags::NOSUID | read_only
+}
+
+/// Gives the mount at `target` and every mount below it these flags, beside those that the host gave it: what is read-only on the host
+/// stays so. For mounts that come later, to a slave, the VMM's file system device keeps what matters.
+fn add_flags(target: &Path, added: MountFlags) -> io::Result<()> {
+    for mounted in mount_table()? {
+        if mounted.mount_point.starts_with(target) {
+            // A remount takes away each flag that it does not name.
+            let flags = MountFlags::BIND | mounted.flags() | added;
+            mount_remount(mounted.mount_point.as_path(), flags, "")?;
         }
     }
     Ok(())

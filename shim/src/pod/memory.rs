@@ -138,7 +138,7 @@ mod tests {
             root: PathBuf::from(root),
             mount_point: PathBuf::from(mount_point),
             fstype: fstype.to_owned(),
-            propagates: false,
+            ..Mounted::default()
         };
         let table = [
             mounted("8:1", "/", "/", "ext4"),

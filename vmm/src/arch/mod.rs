@@ -4,4 +4,4 @@
 mod x86_64;
 
 #[cfg(target_arch = "x86_64")]
-pub use x86_64::{cpuid, layout, mptable, pvh, registers};
+pub use x86_64::{cpuid, layout, mptable, msrs, pvh, registers};

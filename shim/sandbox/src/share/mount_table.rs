@@ -6,8 +6,10 @@ use std::io;
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 
+use rustix::mount::MountFlags;
+
 /// A mount, or a part of one that is mounted elsewhere too.
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Mounted {
     /// Major and minor number of the file system, as `0:42`.
     pub device: String,
@@ -15,10 +17,27 @@ pub struct Mounted {
     pub root: PathBuf,
     /// Where it is.
     pub mount_point: PathBuf,
+    /// Options of this mount, as `ro,nosuid`; those of its file system are not among them.
+    pub options: String,
     /// Type of the file system.
     pub fstype: String,
     /// What is mounted below it later comes to its copies in other mount namespaces: it is shared, or a slave of one that is.
     pub propagates: bool,
+}
+
+impl Mounted {
+    /// What this mount does not allow. When it notes the time of an access is left out: a remount that says nothing of it changes nothing.
+    pub(super) fn flags(&self) -> MountFlags {
+        let flag = |option| match option {
+            "ro" => MountFlags::RDONLY,
+            "nosuid" => MountFlags::NOSUID,
+            "nodev" => MountFlags::NODEV,
+            "noexec" => MountFlags::NOEXEC,
+            "nosymfollow" => MountFlags::NOSYMFOLLOW,
+            _ => MountFlags::empty(),
+        };
+        self.options.split(',').map(flag).collect()
+    }
 }
 
 /// Every mount that this thread sees, each after the one that it is mounted on.
@@ -51,6 +70,7 @@ fn parse_line(line: &[u8]) -> Option<Mounted> {
         device: text(fields.get(2)?),
         root: unescape_octal(fields.get(3)?),
         mount_point: unescape_octal(fields.get(4)?),
+        options: text(fields.get(5)?),
         fstype: text(fields.get(dash + 1)?),
         propagates: fields[6..dash].iter().any(|field| field.starts_with(b"shared:") || field.starts_with(b"master:")),
     })
@@ -81,6 +101,7 @@ mod tests {
     use std::path::{Path, PathBuf};
 
     use proptest::prelude::{any, proptest};
+    use rustix::mount::MountFlags;
 
     use super::{Mounted, mount_of, parse};
 
@@ -92,6 +113,7 @@ mod tests {
             device: "98:0".to_owned(),
             root: PathBuf::from("/mnt1"),
             mount_point: PathBuf::from("/a b\\"),
+            options: "rw,noatime".to_owned(),
             fstype: "ext3".to_owned(),
             propagates: true,
         };
@@ -99,10 +121,19 @@ mod tests {
             device: "0:41".to_owned(),
             root: PathBuf::from("/"),
             mount_point: PathBuf::from("/c"),
+            options: "ro".to_owned(),
             fstype: "tmpfs".to_owned(),
             propagates: false,
         };
         assert_eq!(parse(mountinfo), [first, second]);
+    }
+
+    #[test]
+    fn flags_are_those_of_the_mount_and_not_of_its_file_system() {
+        let mountinfo = b"1 0 8:1 / /a rw,nosuid,nodev,noexec,relatime,nosymfollow - ext4 a ro\n2 1 8:1 / /a/b ro,noatime - ext4 a rw\n";
+        let flags: Vec<MountFlags> = parse(mountinfo).iter().map(Mounted::flags).collect();
+        let first = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC | MountFlags::NOSYMFOLLOW;
+        assert_eq!(flags, [first, MountFlags::RDONLY]);
     }
 
     #[test]

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::mount::{MountFlags, mount, mount_bind_recursive};
 
+use super::add_flags;
+
 /// Data of a mount is one page with its final zero byte (mount(2)).
 const MAX_DATA_LEN: usize = 4095;
 
@@ -26,10 +28,12 @@ impl HostMount {
     /// Mounts it in this thread's namespace.
     pub(super) fn mount_below(&self, root: &Path) -> io::Result<()> {
         let target = root.join(self.target.trim_start_matches('/'));
-        if self.is_bind() {
-            return Ok(mount_bind_recursive(self.source.as_str(), &target)?);
-        }
         let (flags, mut data) = self.flags_and_data();
+        if self.is_bind() {
+            mount_bind_recursive(self.source.as_str(), &target)?;
+            // The mount that binds takes no flags.
+            return add_flags(&target, flags);
+        }
         if data.iter().map(|option| option.len() + 1).sum::<usize>() > MAX_DATA_LEN && self.fstype == "overlay" {
             std::env::set_current_dir(shorten(&mut data)?)?;
         }

@@ -3,5 +3,6 @@
 pub mod cpuid;
 pub mod layout;
 pub mod mptable;
+pub mod msrs;
 pub mod pvh;
 pub mod registers;

@@ -26,6 +26,7 @@ use worker::Worker;
 pub(crate) use worker::fuzz::fuzz;
 
 mod checked;
+mod spare_room;
 mod unchanged;
 mod worker;
 

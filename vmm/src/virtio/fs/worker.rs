@@ -1,6 +1,6 @@
 //! The thread of one queue: wait for the doorbell, answer everything that is there, interrupt once.
 
-use std::io::{self, Read as _};
+use std::io;
 use std::os::fd::AsRawFd as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,14 +13,13 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::checked::CheckedFs;
+use super::spare_room::{OUT_HEADER_LEN, SpareRoom};
 use crate::device_thread::DeviceThread;
 use crate::jail::ThreadKind;
 use crate::virtio::{ActiveQueue, GuestMemory};
 
 /// A ring that claims requests and gives none this many times in a row is broken.
 const MAX_EMPTY_TURNS: u32 = 16;
-/// Length of `fuse_out_header`.
-const OUT_HEADER_LEN: usize = 16;
 
 /// Stops and joins its thread when dropped.
 pub(super) struct Worker {
@@ -41,7 +40,7 @@ impl Worker {
         let stop = EventFd::new(EFD_NONBLOCK)?;
         let doorbell = Doorbell::create(&queue.kick, &stop)?;
         let stopping = Arc::new(AtomicBool::new(false));
-        let mut serving = Serving { queue, memory, server, stopping: stopping.clone() };
+        let mut serving = Serving { queue, memory, server, spare: SpareRoom::create()?, stopping: stopping.clone() };
         let builder = thread::Builder::new().name(format!("fs{index}"));
         let thread = device_thread.spawn(builder, ThreadKind::Fs, move || {
             // virtiofsd changes the umask and the credentials of the calling thread only; the umask needs its own fs_struct.
@@ -70,6 +69,7 @@ struct Serving {
     queue: ActiveQueue,
     memory: Arc<GuestMemory>,
     server: Arc<Server<CheckedFs>>,
+    spare: SpareRoom,
     stopping: Arc<AtomicBool>,
 }
 
@@ -115,15 +115,15 @@ impl Serving {
         }
     }
 
-    /// Answers one request; a malformed one gets nothing, as there is nowhere to put an answer.
+    /// Answers one request; a malformed one gets nothing. Of what has no room for an answer, the guest learns nothing.
     fn answer(&self, chain: virtio_queue::DescriptorChain<Arc<GuestMemory>>) -> u32 {
         let memory = &*self.memory;
         let Ok(reader) = Reader::new(memory, chain.clone()) else { return 0 };
         let Ok(writer) = Writer::new(memory, chain) else { return 0 };
-        if writer.available_bytes() < OUT_HEADER_LEN && !takes_no_reply(&reader) {
-            return 0;
-        }
+        let has_room = writer.available_bytes() >= OUT_HEADER_LEN.into();
+        let Ok(writer) = (if has_room { Ok(writer) } else { self.spare.writer() }) else { return 0 };
         match self.server.handle_message(reader, writer, None::<&mut ()>) {
+            Ok(_) if !has_room => 0,
             Ok(written) => u32::try_from(written).unwrap_or(u32::MAX),
             Err(error) => {
                 tracing::debug!(%error, "a FUSE request was dropped");
@@ -131,14 +131,6 @@ impl Serving {
             }
         }
     }
-}
-
-/// virtiofsd takes room for a reply's header for granted, except in these requests (FUSE_FORGET, FUSE_INTERRUPT,
-/// FUSE_DESTROY, FUSE_BATCH_FORGET).
-fn takes_no_reply(reader: &Reader<'_>) -> bool {
-    let mut header = [0; 8];
-    let known = reader.clone().read_exact(&mut header).is_ok();
-    known && matches!(u32::from_le_bytes([header[4], header[5], header[6], header[7]]), 2 | 36 | 38 | 42)
 }
 
 /// Waits for the doorbell or for the order to stop.

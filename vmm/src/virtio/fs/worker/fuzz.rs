@@ -62,7 +62,9 @@ pub(crate) fn fuzz(data: &[u8]) {
     let server =
         Arc::new(Server::new(CheckedFs::new(passthrough, Rules { cache: CachePolicy::Always, read_only: false })));
     let queue = driver.activate_fuzzed(data.len().is_multiple_of(2));
-    let mut serving = Serving { queue, memory: memory.clone(), server, stopping: Arc::new(AtomicBool::new(false)) };
+    let spare = SpareRoom::create().expect("a page");
+    let stopping = Arc::new(AtomicBool::new(false));
+    let mut serving = Serving { queue, memory: memory.clone(), server, spare, stopping };
 
     let init = Request {
         opcode: FUSE_INIT,

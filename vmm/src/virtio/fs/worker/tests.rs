@@ -29,14 +29,17 @@ const FUSE_RMDIR: u32 = 11;
 const FUSE_RENAME: u32 = 12;
 const FUSE_LINK: u32 = 13;
 const FUSE_OPEN: u32 = 14;
+const FUSE_READ: u32 = 15;
 const FUSE_WRITE: u32 = 16;
 const FUSE_SETXATTR: u32 = 21;
 const FUSE_REMOVEXATTR: u32 = 24;
 const FUSE_INIT: u32 = 26;
 const FUSE_SUBMOUNTS: u32 = 1 << 27;
 const FUSE_OPENDIR: u32 = 27;
+const FUSE_READDIR: u32 = 28;
 const FUSE_CREATE: u32 = 35;
 const FUSE_FALLOCATE: u32 = 43;
+const FUSE_READDIRPLUS: u32 = 44;
 const FUSE_RENAME2: u32 = 45;
 const FUSE_COPY_FILE_RANGE: u32 = 47;
 
@@ -66,7 +69,8 @@ impl Share {
         let driver = DriverQueue::new(&memory, 0x1_0000, 16);
         let server = Arc::new(Server::new(CheckedFs::new(fs, rules)));
         let stopping = Arc::new(AtomicBool::new(false));
-        let serving = Serving { queue: driver.activate(), memory: memory.clone(), server, stopping };
+        let spare = SpareRoom::create().expect("a page");
+        let serving = Serving { queue: driver.activate(), memory: memory.clone(), server, spare, stopping };
         let mut share = Self { dir, memory, driver, serving };
         let words = [7, 38, 0, FUSE_SUBMOUNTS].map(u32::to_le_bytes);
         let init = [words.as_flattened(), &[0; 48]].concat();
@@ -208,6 +212,24 @@ fn a_request_without_room_for_an_answer_is_given_back() {
     share.serve();
     let lens: Vec<_> = std::iter::from_fn(|| share.driver.take_used()).map(|(_, len)| len).collect();
     assert_eq!(lens, [0, 0, 0]);
+}
+
+#[test]
+fn a_request_without_room_for_an_answer_is_served_all_the_same() {
+    let mut share = Share::new();
+    let made = b"\xed\x01\0\0\0\0\0\0made\0";
+    for (opcode, body) in
+        [(FUSE_READ, &[0; 40][..]), (FUSE_READDIR, &[0; 40]), (FUSE_READDIRPLUS, &[0; 40]), (FUSE_MKDIR, made)]
+    {
+        let len = 40 + u32::try_from(body.len()).expect("short");
+        share.write_request(len, opcode, ROOT, body);
+        for room in [0, 1, 15] {
+            share.driver.put(&[(REQUEST, len, false), (REPLY, room, true)]);
+            share.serve();
+            assert_eq!(share.driver.take_used().map(|(_, written)| written), Some(0), "{opcode} {room}");
+        }
+    }
+    assert!(share.dir.path().join("share/made").is_dir());
 }
 
 #[test]

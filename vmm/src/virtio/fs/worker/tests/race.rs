@@ -1,5 +1,5 @@
 //! Directories and links that change places while names below them are looked up: by the host, and by the guest on a queue of its own
-//! (CVE-2026-93834). Beside the share lies a folder that a link of the share leads to.
+//! (CVE-2026-93834). Beside the share lies a folder that a link of the share leads to. And requests that change while they are read.
 
 use std::os::unix::fs::symlink;
 use std::path::Path;
@@ -13,7 +13,6 @@ use super::*;
 const SWAP_COUNT: u32 = 2_000;
 const RENAME_EXCHANGE: u32 = 2;
 const FUSE_FORGET: u32 = 2;
-const FUSE_READ: u32 = 15;
 const FUSE_RELEASE: u32 = 18;
 
 impl Share {
@@ -22,7 +21,8 @@ impl Share {
         let memory = crate::memory::create(64).expect("memory");
         let driver = DriverQueue::new(&memory, 0x1_0000, 16);
         let (server, stopping) = (self.serving.server.clone(), self.serving.stopping.clone());
-        let serving = Serving { queue: driver.activate(), memory: memory.clone(), server, stopping };
+        let spare = SpareRoom::create().expect("a page");
+        let serving = Serving { queue: driver.activate(), memory: memory.clone(), server, spare, stopping };
         Self { dir: tempfile::tempdir().expect("a temporary folder"), memory, driver, serving }
     }
 
@@ -60,6 +60,29 @@ impl Share {
         let fixed = [&ROOT.to_le_bytes()[..], &RENAME_EXCHANGE.to_le_bytes(), &[0; 4]].concat();
         assert_eq!(self.error_of(FUSE_RENAME2, &fixed, &["place", "link"]), 0);
     }
+}
+
+/// Changes of an opcode while requests are read.
+const OPCODE_CHANGES: u32 = 200_000;
+
+#[test]
+fn an_opcode_that_changes_while_it_is_read_does_no_harm() {
+    let mut share = Share::new();
+    let memory = share.memory.clone();
+    share.write_request(80, FUSE_FORGET, ROOT, &[0; 40]);
+    let change = |turn: u32| {
+        let opcode = if turn.is_multiple_of(2) { FUSE_READ } else { FUSE_FORGET };
+        memory.write_obj(opcode, GuestAddress(REQUEST + 4)).expect("in RAM");
+    };
+    thread::scope(|scope| {
+        let other_cpu = scope.spawn(|| (0..OPCODE_CHANGES).for_each(change));
+        while !other_cpu.is_finished() {
+            // A FORGET needs no room for an answer.
+            share.driver.put(&[(REQUEST, 80, false)]);
+            share.serve();
+            assert_eq!(share.driver.take_used().map(|(_, written)| written), Some(0));
+        }
+    });
 }
 
 fn swap_on_the_host(share: &Path) {
