@@ -38,10 +38,11 @@ pub enum KernelError {
 }
 
 /// Always on the command line. `reboot=k` resets through the keyboard controller, `panic=-1` does it at once; the MP table
-/// is all the firmware there is, and the configuration mechanism of PCI needs no probing. A kernel that finds one CPU would
-/// take out each LOCK prefix, with a switch of page tables for each, and put them back when it finds more: `noreplace-smp`.
-/// Interfaces that nobody asked for (`tunl0`, `dummy0`, `ifb0`, ...) would be seen in each container.
-const COMMAND_LINE_BASE: &str = "reboot=k panic=-1 pci=conf1,lastbus=0 i8042.noaux i8042.nokbd i8042.nopnp i8042.dumbkbd \
+/// is all the firmware there is, the configuration mechanism of PCI needs no probing, and there is no chipset whose quirks
+/// have to be known early. A kernel that finds one CPU would take out each LOCK prefix, with a switch of page tables for
+/// each, and put them back when it finds more: `noreplace-smp`. Interfaces that nobody asked for (`tunl0`, `dummy0`,
+/// `ifb0`, ...) would be seen in each container.
+const COMMAND_LINE_BASE: &str = "reboot=k panic=-1 pci=conf1,lastbus=0,noearly i8042.noaux i8042.nokbd i8042.nopnp i8042.dumbkbd \
      random.trust_cpu=on tsc=reliable no_timer_check noreplace-smp cryptomgr.notests \
      fb_tunnels=none dummy.numdummies=0 ifb.numifbs=0";
 /// Without a console nothing is printed until something goes wrong: the early console costs exits only for messages that

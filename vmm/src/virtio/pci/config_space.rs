@@ -49,11 +49,11 @@ impl ConfigSpace {
         space
     }
 
-    /// Gives the function its memory window, which is on from the start.
+    /// Gives the function its memory window. Its bit of the command register is clear, as after a reset (PCI 3.0, 6.2.2):
+    /// Linux would switch it off and on again around the sizing of each of seven registers. Accesses are answered anyway.
     pub(super) fn set_window(&mut self, address: u32, len: u32) {
         self.window = Some((address, len));
         self.set_u32(BAR0, address);
-        self.set_u16(COMMAND, 1 << 1);
     }
 
     /// Appends a capability; `body` is what follows its id and link. Returns its offset.
