@@ -5,6 +5,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use tests::liar;
+use tests::scorecard::told;
+
 /// Which members a member may link; the tests may link every one.
 const ALLOWED_EDGES: [(&str, &[&str]); 9] = [
     ("vmm-api", &[]),
@@ -158,6 +161,33 @@ fn every_test_that_an_advisory_names_exists() {
     assert!(rows.len() >= 30 && without.is_empty(), "{without:?}");
     let missing: Vec<_> = rows.iter().flat_map(|row| quoted(row)).filter(|name| !exists(name)).collect();
     assert!(missing.is_empty(), "{missing:?}");
+}
+
+#[test]
+fn the_scorecard_tells_what_can_be_counted_here() {
+    assert_eq!(liar::all().len(), told("lying VMM and agent", "lies to `vmrun`"));
+    let proofs = sources().iter().map(|name| read(name).matches("\n    fn exhaustive_").count()).sum::<usize>();
+    assert_eq!(proofs, told("bounded proofs", "tests"));
+    let targets = sources()
+        .into_iter()
+        .filter_map(|name| Some(name.strip_prefix("tests/fuzz/fuzz_targets/")?.strip_suffix(".rs")?.to_owned()));
+    let targets: BTreeSet<String> = targets.collect();
+    let readme = read("tests/fuzz/README.md");
+    assert!(targets.iter().all(|target| readme.contains(&format!("`{target}`"))), "{targets:?}");
+    assert_eq!(targets.len(), told("fuzzing", "targets"));
+
+    // Seconds and inputs of each target, over all runs on record.
+    let mut fuzzed: BTreeMap<_, _> = targets.into_iter().map(|target| (target, (0, 0))).collect();
+    for line in read("tests/fuzz/executions.txt").lines() {
+        let [target, seconds, inputs] = line.split(' ').collect::<Vec<_>>()[..] else { panic!("not a record: {line}") };
+        let sum: &mut (usize, usize) = fuzzed.get_mut(target).unwrap_or_else(|| panic!("no such target: {line}"));
+        sum.0 += seconds.parse::<usize>().expect("seconds");
+        sum.1 += inputs.parse::<usize>().expect("inputs");
+    }
+    let inputs: usize = fuzzed.values().map(|(_, inputs)| inputs).sum();
+    let least_seconds = fuzzed.values().map(|(seconds, _)| *seconds).min().expect("targets");
+    let record = (inputs / 1_000_000, least_seconds / 60);
+    assert_eq!(record, (told("fuzzing", "million inputs"), told("fuzzing", "minutes")));
 }
 
 #[test]

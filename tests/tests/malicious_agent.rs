@@ -16,6 +16,7 @@ use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use tests::checks;
 use tests::containerd::{Client, Containerd, Release};
 use tests::liar::{Lie, OUTPUT, Scene, all};
+use tests::scorecard::told;
 use tests::{Outcome, Story, becomes_true};
 
 /// Each command ends by then: the longest deadline of a call is 30 s.
@@ -24,7 +25,6 @@ const DEADLINE: Duration = Duration::from_secs(90);
 const MOST_MEMORY: u64 = 1 << 30;
 /// Bytes of standard error.
 const MOST_TEXT: usize = 64 << 10;
-const LEAST_LIES: usize = 190;
 const CONCURRENCY: usize = 24;
 /// Time that a command has to end which the shim knows to run; one that is not heard of again runs on.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -149,7 +149,7 @@ fn no_lie_of_a_vmm_or_an_agent_harms_the_host() {
     let liar = Path::new(env!("CARGO_BIN_EXE_liar"));
     let lies = Mutex::new(all());
     let count = lies.lock().expect("no panic").len();
-    assert!(count >= LEAST_LIES, "{count} lies");
+    assert_eq!(count, told("lying VMM and agent", "lies to `vmrun`"));
     let complaints = Mutex::new(Vec::new());
     let tell_all = || {
         while let Some((name, scene, lie)) = { lies.lock().expect("no panic").pop() } {
@@ -219,6 +219,7 @@ fn no_lie_harms_containerd(containerd: &mut Containerd) {
     }
     fs::remove_file(drop_in).expect("removed");
     assert!(complaints.is_empty(), "{complaints:#?}");
+    assert_eq!(TOLD_TO_SHIM.len(), told("lying VMM and agent", "lies to containerd's shim"));
 }
 
 #[test]
