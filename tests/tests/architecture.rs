@@ -52,6 +52,86 @@ const MENDED_CRATES: [(&str, [u32; 3]); 7] = [
     ("vmm-sys-util", [0, 12, 0]), // CVE-2023-50711
 ];
 
+/// Options of the guest's kernel that hinder who attacks it, and that it is to have.
+const KERNEL_HAS: [&str; 25] = [
+    "BPF_JIT_ALWAYS_ON",
+    "BPF_UNPRIV_DEFAULT_OFF",
+    "BUG_ON_DATA_CORRUPTION",
+    "CPU_MITIGATIONS",
+    "FORTIFY_SOURCE",
+    "HARDENED_USERCOPY",
+    "INIT_STACK_ALL_ZERO",
+    "LEGACY_VSYSCALL_NONE",
+    "LIST_HARDENED",
+    "PANIC_ON_OOPS",
+    "RANDOMIZE_KSTACK_OFFSET_DEFAULT",
+    "SCHED_STACK_END_CHECK",
+    "SECCOMP_FILTER",
+    "SECURITY_DMESG_RESTRICT",
+    "SECURITY_LANDLOCK",
+    "SECURITY_YAMA",
+    "SLAB_BUCKETS",
+    "SLAB_FREELIST_HARDENED",
+    "SLAB_FREELIST_RANDOM",
+    "STACKPROTECTOR_STRONG",
+    "STATIC_USERMODEHELPER",
+    "STRICT_KERNEL_RWX",
+    "UBSAN_BOUNDS",
+    "UBSAN_TRAP",
+    "VMAP_STACK",
+];
+
+/// Options that give an attacker something, and that no file may ask for.
+const KERNEL_LACKS: [&str; 37] = [
+    "ACPI",
+    "BT",
+    "CAN",
+    "COMPAT_BRK",
+    "CRASH_DUMP",
+    "CRYPTO_USER_API_HASH",
+    "CRYPTO_USER_API_SKCIPHER",
+    "DEBUG_FS",
+    "DEVMEM",
+    "DEVPORT",
+    "DRM",
+    "FTRACE",
+    "HIBERNATION",
+    "HID",
+    "IA32_EMULATION",
+    "IP_DCCP",
+    "IP_SCTP",
+    "KEXEC",
+    "KEXEC_FILE",
+    "KPROBES",
+    "MAGIC_SYSRQ",
+    "MODIFY_LDT_SYSCALL",
+    "MODULES",
+    "PERF_EVENTS",
+    "PROC_KCORE",
+    "RDS",
+    "SOUND",
+    "TIPC",
+    "USB_SUPPORT",
+    "USELIB",
+    "USERFAULTFD",
+    "VIRTIO_PCI_LEGACY",
+    "VSOCKETS_LOOPBACK",
+    "WIRELESS",
+    "X86_IOPL_IOPERM",
+    "X86_MSR",
+    "X86_X32_ABI",
+];
+
+/// What hardening guides advise and this kernel does not follow: the option, whether it has it, and why.
+const KERNEL_EXCEPTIONS: [(&str, bool, &str); 6] = [
+    ("INIT_ON_ALLOC_DEFAULT_ON", false, "costs more than one per cent"),
+    ("IO_URING", true, "programs are made for it; the default seccomp profile closes it"),
+    ("NF_TABLES", true, "networks of pods, and of engines inside one"),
+    ("PCI", true, "the devices are on it"),
+    ("RANDOMIZE_BASE", false, "an uncompressed kernel is entered where it was linked"),
+    ("SECURITY_LOCKDOWN_LSM", false, "what it would lock is not compiled"),
+];
+
 /// Most lines of a source file before its tests.
 const MAX_FILE_LINES: usize = 500;
 
@@ -203,6 +283,21 @@ fn the_scorecard_tells_what_can_be_counted_here() {
     let least_seconds = fuzzed.values().map(|(seconds, _)| *seconds).min().expect("targets");
     let record = (inputs / 1_000_000, least_seconds / 60);
     assert_eq!(record, (told("fuzzing", "million inputs"), told("fuzzing", "minutes")));
+}
+
+#[test]
+fn the_guest_kernel_is_hardened_but_for_the_exceptions() {
+    let files = fs::read_dir(root().join("guest-kernel/config")).expect("a folder");
+    let files = files.map(|file| fs::read_to_string(file.expect("an entry").path()).expect("a file"));
+    let text: String = files.collect();
+    let on: BTreeSet<&str> =
+        text.lines().filter_map(|line| line.strip_prefix("CONFIG_")?.split_once("=y").map(|(name, _)| name)).collect();
+    let missing: Vec<_> = KERNEL_HAS.iter().filter(|name| !on.contains(*name)).collect();
+    assert!(missing.is_empty(), "{missing:?}");
+    let unwanted: Vec<_> = KERNEL_LACKS.iter().filter(|name| on.contains(*name)).collect();
+    assert!(unwanted.is_empty(), "{unwanted:?}");
+    let stale: Vec<_> = KERNEL_EXCEPTIONS.iter().filter(|(name, has_it, _)| on.contains(name) != *has_it).collect();
+    assert!(stale.is_empty(), "no longer an exception: {stale:?}");
 }
 
 #[test]
