@@ -7,6 +7,7 @@ mod error_log;
 mod executor;
 mod forward;
 mod root;
+mod seccomp;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -95,6 +96,12 @@ fn exec(id: &str, exec_id: &str, console: &str) -> Result<()> {
     let pid = tenant.with_process(Some(bundle.exec_path(exec_id))).build()?;
     print!("{}", pid.as_raw());
     Ok(())
+}
+
+/// An error's text with those of its causes.
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let source = error.source().map(|source| format!(": {}", with_causes(source)));
+    format!("{error}{}", source.unwrap_or_default())
 }
 
 /// In a process of its own because the kernel may reclaim for long before a lower limit holds.

@@ -27,6 +27,7 @@ pub mod mounted;
 pub mod pod;
 pub mod python;
 pub mod registry;
+pub mod scorecard;
 
 /// One story: folders and a root file system, removed at its end, when nothing else of its containers may be left.
 pub struct Story {

@@ -5,6 +5,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use tests::liar;
+use tests::scorecard::told;
+
 /// Which members a member may link; the tests may link every one.
 const ALLOWED_EDGES: [(&str, &[&str]); 9] = [
     ("vmm-api", &[]),
@@ -47,6 +50,86 @@ const MENDED_CRATES: [(&str, [u32; 3]); 7] = [
     ("tar", [0, 4, 45]),          // RUSTSEC-2021-0080, RUSTSEC-2026-0067, RUSTSEC-2026-0068
     ("vm-memory", [0, 12, 2]),    // RUSTSEC-2020-0157, RUSTSEC-2023-0056
     ("vmm-sys-util", [0, 12, 0]), // CVE-2023-50711
+];
+
+/// Options of the guest's kernel that hinder who attacks it, and that it is to have.
+const KERNEL_HAS: [&str; 25] = [
+    "BPF_JIT_ALWAYS_ON",
+    "BPF_UNPRIV_DEFAULT_OFF",
+    "BUG_ON_DATA_CORRUPTION",
+    "CPU_MITIGATIONS",
+    "FORTIFY_SOURCE",
+    "HARDENED_USERCOPY",
+    "INIT_STACK_ALL_ZERO",
+    "LEGACY_VSYSCALL_NONE",
+    "LIST_HARDENED",
+    "PANIC_ON_OOPS",
+    "RANDOMIZE_KSTACK_OFFSET_DEFAULT",
+    "SCHED_STACK_END_CHECK",
+    "SECCOMP_FILTER",
+    "SECURITY_DMESG_RESTRICT",
+    "SECURITY_LANDLOCK",
+    "SECURITY_YAMA",
+    "SLAB_BUCKETS",
+    "SLAB_FREELIST_HARDENED",
+    "SLAB_FREELIST_RANDOM",
+    "STACKPROTECTOR_STRONG",
+    "STATIC_USERMODEHELPER",
+    "STRICT_KERNEL_RWX",
+    "UBSAN_BOUNDS",
+    "UBSAN_TRAP",
+    "VMAP_STACK",
+];
+
+/// Options that give an attacker something, and that no file may ask for.
+const KERNEL_LACKS: [&str; 37] = [
+    "ACPI",
+    "BT",
+    "CAN",
+    "COMPAT_BRK",
+    "CRASH_DUMP",
+    "CRYPTO_USER_API_HASH",
+    "CRYPTO_USER_API_SKCIPHER",
+    "DEBUG_FS",
+    "DEVMEM",
+    "DEVPORT",
+    "DRM",
+    "FTRACE",
+    "HIBERNATION",
+    "HID",
+    "IA32_EMULATION",
+    "IP_DCCP",
+    "IP_SCTP",
+    "KEXEC",
+    "KEXEC_FILE",
+    "KPROBES",
+    "MAGIC_SYSRQ",
+    "MODIFY_LDT_SYSCALL",
+    "MODULES",
+    "PERF_EVENTS",
+    "PROC_KCORE",
+    "RDS",
+    "SOUND",
+    "TIPC",
+    "USB_SUPPORT",
+    "USELIB",
+    "USERFAULTFD",
+    "VIRTIO_PCI_LEGACY",
+    "VSOCKETS_LOOPBACK",
+    "WIRELESS",
+    "X86_IOPL_IOPERM",
+    "X86_MSR",
+    "X86_X32_ABI",
+];
+
+/// What hardening guides advise and this kernel does not follow: the option, whether it has it, and why.
+const KERNEL_EXCEPTIONS: [(&str, bool, &str); 6] = [
+    ("INIT_ON_ALLOC_DEFAULT_ON", false, "costs more than one per cent"),
+    ("IO_URING", true, "programs are made for it; the default seccomp profile closes it"),
+    ("NF_TABLES", true, "networks of pods, and of engines inside one"),
+    ("PCI", true, "the devices are on it"),
+    ("RANDOMIZE_BASE", false, "an uncompressed kernel is entered where it was linked"),
+    ("SECURITY_LOCKDOWN_LSM", false, "what it would lock is not compiled"),
 ];
 
 /// Most lines of a source file before its tests.
@@ -140,9 +223,17 @@ fn every_story_that_the_readme_names_for_containerd_is_told() {
     }
 }
 
-/// The words in backquotes of a line.
-fn quoted(line: &str) -> impl Iterator<Item = &str> {
-    line.split('`').skip(1).step_by(2)
+/// The names of tests in a row of the advisories.
+fn tests_of(row: &str) -> impl Iterator<Item = &str> {
+    row.rsplit('|').nth(1).unwrap_or_default().split('`').skip(1).step_by(2)
+}
+
+/// Whether a source has a test of that name, or a check that a story tells.
+fn is_test(name: &str, source: &str) -> bool {
+    let Some((before, _)) = source.split_once(&format!("fn {name}(")) else { return false };
+    let before = before.trim_end().trim_end_matches("async").trim_end();
+    before.lines().last().is_some_and(|line| line.trim_start().starts_with("#["))
+        || source.contains(&format!(" {name},"))
 }
 
 #[test]
@@ -151,13 +242,62 @@ fn every_test_that_an_advisory_names_exists() {
     let (_, table) = security.split_once("## Advisories").expect("a section");
     let rows: Vec<&str> = table.lines().skip_while(|line| !line.starts_with("|---")).skip(1).collect();
     let rows: Vec<&str> = rows.into_iter().take_while(|line| line.starts_with('|')).collect();
-    let all: String = sources().iter().map(|name| read(name)).collect();
-    // A test, or the name of a case of the hostile guest or of a lie.
-    let exists = |name: &str| all.contains(&format!("fn {name}(")) || all.contains(&format!("\"{name}\""));
-    let without: Vec<_> = rows.iter().filter(|row| quoted(row).next().is_none()).collect();
+    let sources: Vec<_> = sources().into_iter().map(|name| (read(&name), name)).collect();
+    // An entry of a table of attacks begins with its name, as what tells a verdict does.
+    let attacks = sources.iter().filter(|(_, name)| name.starts_with("tests/hostile/src/attacks/"));
+    let attacks: String = attacks.map(|(text, _)| text.as_str()).collect();
+    let lies: Vec<String> = liar::all().into_iter().map(|(name, ..)| name).collect();
+    let exists = |name: &str| {
+        sources.iter().any(|(text, _)| is_test(name, text))
+            || attacks.contains(&format!("(\"{name}\""))
+            || lies.iter().any(|lie| lie == name || lie.ends_with(&format!("-{name}")))
+    };
+    let without: Vec<_> = rows.iter().filter(|row| tests_of(row).next().is_none()).collect();
     assert!(rows.len() >= 30 && without.is_empty(), "{without:?}");
-    let missing: Vec<_> = rows.iter().flat_map(|row| quoted(row)).filter(|name| !exists(name)).collect();
+    let missing: Vec<_> = rows.iter().flat_map(|row| tests_of(row)).filter(|name| !exists(name)).collect();
     assert!(missing.is_empty(), "{missing:?}");
+}
+
+#[test]
+fn the_scorecard_tells_what_can_be_counted_here() {
+    assert_eq!(liar::all().len(), told("lying VMM and agent", "lies to `vmrun`"));
+    let proofs = sources().iter().map(|name| read(name).matches("\n    fn exhaustive_").count()).sum::<usize>();
+    assert_eq!(proofs, told("bounded proofs", "tests"));
+    let targets = sources()
+        .into_iter()
+        .filter_map(|name| Some(name.strip_prefix("tests/fuzz/fuzz_targets/")?.strip_suffix(".rs")?.to_owned()));
+    let targets: BTreeSet<String> = targets.collect();
+    let readme = read("tests/fuzz/README.md");
+    assert!(targets.iter().all(|target| readme.contains(&format!("`{target}`"))), "{targets:?}");
+    assert_eq!(targets.len(), told("fuzzing", "targets"));
+
+    // Seconds and inputs of each target, over all runs on record.
+    let mut fuzzed: BTreeMap<_, _> = targets.into_iter().map(|target| (target, (0, 0))).collect();
+    for line in read("tests/fuzz/executions.txt").lines() {
+        let [target, seconds, inputs] = line.split(' ').collect::<Vec<_>>()[..] else { panic!("not a record: {line}") };
+        let sum: &mut (usize, usize) = fuzzed.get_mut(target).unwrap_or_else(|| panic!("no such target: {line}"));
+        sum.0 += seconds.parse::<usize>().expect("seconds");
+        sum.1 += inputs.parse::<usize>().expect("inputs");
+    }
+    let inputs: usize = fuzzed.values().map(|(_, inputs)| inputs).sum();
+    let least_seconds = fuzzed.values().map(|(seconds, _)| *seconds).min().expect("targets");
+    let record = (inputs / 1_000_000, least_seconds / 60);
+    assert_eq!(record, (told("fuzzing", "million inputs"), told("fuzzing", "minutes")));
+}
+
+#[test]
+fn the_guest_kernel_is_hardened_but_for_the_exceptions() {
+    let files = fs::read_dir(root().join("guest-kernel/config")).expect("a folder");
+    let files = files.map(|file| fs::read_to_string(file.expect("an entry").path()).expect("a file"));
+    let text: String = files.collect();
+    let on: BTreeSet<&str> =
+        text.lines().filter_map(|line| line.strip_prefix("CONFIG_")?.split_once("=y").map(|(name, _)| name)).collect();
+    let missing: Vec<_> = KERNEL_HAS.iter().filter(|name| !on.contains(*name)).collect();
+    assert!(missing.is_empty(), "{missing:?}");
+    let unwanted: Vec<_> = KERNEL_LACKS.iter().filter(|name| on.contains(*name)).collect();
+    assert!(unwanted.is_empty(), "{unwanted:?}");
+    let stale: Vec<_> = KERNEL_EXCEPTIONS.iter().filter(|(name, has_it, _)| on.contains(name) != *has_it).collect();
+    assert!(stale.is_empty(), "no longer an exception: {stale:?}");
 }
 
 #[test]

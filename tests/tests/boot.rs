@@ -185,4 +185,12 @@ fn check_passes_here_and_says_so_as_json() {
     let failed: Vec<_> = lines.iter().filter(|line| line["ok"] != true).collect();
     assert!(failed.is_empty(), "{failed:?}");
     assert!(lines.iter().any(|line| line["name"] == "kvm speed"), "{lines:?}");
+    // What this host lacks is no matter here.
+    let checked = tests::outcome(story.vmrun(&["check", "--security", "--json"]));
+    let lines: Vec<serde_json::Value> = serde_json::from_str(&checked.stdout).expect("JSON");
+    let levels = ["PASS", "WARN", "FAIL"];
+    assert!(
+        lines.len() > 10 && lines.iter().all(|line| levels.iter().any(|level| line["level"] == *level)),
+        "{lines:?}"
+    );
 }

@@ -13,6 +13,7 @@ use sandbox::share::{Rootfs, rootfs_tree};
 use tests::Story;
 use tests::escape::{Became, Tried};
 use tests::guest::{BUSY, config, kernel, program};
+use tests::scorecard::told;
 use vmm::jail::ThreadKind;
 use vmm_api::{CachePolicy, Fd, ShareConfig};
 
@@ -24,7 +25,6 @@ const REACHED: [(&str, &[&str]); 5] = [
     ("say something to the owner", &["Devices", "EventLoop", "Fs", "Net", "Vcpu", "VsockFinish"]),
     ("write to a share", &["Devices", "Fs"]),
 ];
-const LEAST_ATTEMPTS: usize = 80;
 /// Linux lets these past every filter (6.11 and newer); who makes them without a probe of the kernel's is ended by a signal.
 const UNFILTERED: [&str; 2] = ["uprobe", "uretprobe"];
 
@@ -81,11 +81,11 @@ fn a_vmm_that_was_taken_over_reaches_what_is_documented_and_no_more() {
     let tried = rehearse(&story);
     let (numbers, attempts): (Vec<_>, Vec<_>) = tried.iter().partition(|tried| is_number(tried));
     let names: BTreeSet<&str> = attempts.iter().map(|tried| tried.attempt.as_str()).collect();
-    assert!(
-        names.len() >= LEAST_ATTEMPTS && attempts.len() == names.len() * ThreadKind::ALL.len(),
-        "{} names",
-        names.len()
-    );
+    let calls: BTreeSet<&str> = numbers.iter().map(|tried| tried.attempt.as_str()).collect();
+    const ROW: &str = "escape rehearsal";
+    assert_eq!((names.len(), calls.len()), (told(ROW, "ways out"), told(ROW, "system calls")));
+    assert_eq!(ThreadKind::ALL.len(), told(ROW, "kinds of threads"));
+    assert_eq!(tried.len(), (names.len() + calls.len()) * ThreadKind::ALL.len());
 
     let mut reached = BTreeMap::<&str, BTreeSet<&str>>::new();
     for tried in attempts.iter().filter(|tried| tried.became == Became::Done) {

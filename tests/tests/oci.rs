@@ -3,6 +3,7 @@
 use sandbox::{ProcessId, WantedStreams};
 use serde_json::json;
 use tests::pod::{ALREADY_EXISTS, FAILED_PRECONDITION, INVALID_ARGUMENT, NOT_FOUND, Pod, UNIMPLEMENTED, read, refusal};
+use tests::python::Python;
 use tests::{Story, outcome};
 
 /// The lines of `text` that begin with `name:`, without it.
@@ -65,6 +66,40 @@ fn other_users_and_options_change_the_confinement() {
     assert!(ran.code == 1 && ran.stderr.contains("not supported"), "{ran:?}");
     let bad = story.run(&["--security-opt", "seccomp=/does/not/exist"], &["true"]);
     assert!(bad.code == 125 && bad.stderr.contains("/does/not/exist"), "{bad:?}");
+}
+
+/// In the Python of a container: a system call by its number, and its error.
+const LIBC: &str = "import ctypes, socket; libc = ctypes.CDLL(None, use_errno=True)
+def call(*args): return libc.syscall(*map(ctypes.c_ulong, args)), errno.errorcode.get(ctypes.get_errno())";
+
+#[test]
+fn af_vsock_is_the_agents_alone_whatever_a_profile_allows() {
+    let story = Story::new();
+    let profile = story.volume().join("profile.json");
+    std::fs::write(&profile, r#"{"defaultAction":"SCMP_ACT_ALLOW"}"#).unwrap();
+    let tried = |options: &[&str]| {
+        let mut python = Python::start(&story, options);
+        assert_eq!(python.exec(LIBC), "None");
+        // The kernel reads 32 bits of the family, a filter the whole register.
+        ["socket.socket(40, socket.SOCK_STREAM)", "call(41, 1 << 32 | 40, 1, 0)"].map(|line| python.eval(line))
+    };
+    let closed = ["EPERM", "(-1, 'EPERM')"];
+    assert_eq!(tried(&["--security-opt", &format!("seccomp={}", profile.display())]), closed);
+    assert_eq!(tried(&["--security-opt", "seccomp=unconfined"]), closed);
+    assert_eq!(tried(&[]), closed);
+    let [free, _] = tried(&["--privileged"]);
+    assert!(free.contains("family=40"), "{free}");
+}
+
+#[test]
+fn clone_makes_no_namespace_by_dockers_profile() {
+    let story = Story::new();
+    let mut python = Python::start(&story, &[]);
+    assert_eq!(python.exec(LIBC), "None");
+    // clone(CLONE_NEWUSER | SIGCHLD); a child that there should not be ends at once.
+    let made =
+        python.eval("(lambda made: os._exit(0) if made[0] == 0 else made)(call(56, 0x10000000 | 17, 0, 0, 0, 0))");
+    assert_eq!(made, "(-1, 'EPERM')");
 }
 
 #[test]

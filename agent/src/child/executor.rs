@@ -13,13 +13,14 @@ use std::os::fd::{AsFd as _, BorrowedFd};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
+use libcontainer::capabilities;
 use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
-use libcontainer::{capabilities, seccomp};
 use nix::errno::Errno;
-use oci_spec::runtime::{Capabilities, LinuxCapabilities, LinuxSeccomp, Mount, Process, Spec};
+use oci_spec::runtime::{Capabilities, LinuxCapabilities, Mount, Process, Spec};
 use rustix::fs::{PROC_SUPER_MAGIC, statfs};
 
+use super::seccomp::Filters;
 use crate::sys;
 
 /// Marks a command that is not there: exit status 127.
@@ -33,7 +34,7 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 #[derive(Clone)]
 pub(super) struct Payload {
     capabilities: LinuxCapabilities,
-    seccomp: Option<LinuxSeccomp>,
+    filters: Filters,
     no_new_privileges: bool,
     start_fd: Option<i32>,
 }
@@ -47,9 +48,10 @@ impl Payload {
     /// As with runc, an exec that names no capabilities has the container's.
     pub(super) fn of_exec(spec: &Spec, process: &Process) -> Self {
         let of_container = spec.process().as_ref().and_then(|init| init.capabilities().clone());
+        let capabilities = complete(process.capabilities().clone().or(of_container));
         Self {
-            capabilities: complete(process.capabilities().clone().or(of_container)),
-            seccomp: spec.linux().as_ref().and_then(|linux| linux.seccomp().clone()),
+            filters: Filters::of(spec, &capabilities),
+            capabilities,
             no_new_privileges: process.no_new_privileges().unwrap_or(false),
             start_fd: None,
         }
@@ -57,17 +59,11 @@ impl Payload {
 
     fn drop_privileges(&self) -> Result<(), String> {
         if !self.no_new_privileges {
-            self.load_seccomp()?;
+            self.filters.load()?;
         }
         capabilities::drop_privileges(&self.capabilities, create_syscall().as_ref())
             .map_err(|error| format!("cannot set the capabilities: {error}"))?;
-        if self.no_new_privileges { self.load_seccomp() } else { Ok(()) }
-    }
-
-    fn load_seccomp(&self) -> Result<(), String> {
-        let Some(profile) = &self.seccomp else { return Ok(()) };
-        let loaded = seccomp::initialize_seccomp(profile);
-        loaded.map(drop).map_err(|error| format!("cannot load the seccomp profile: {}", with_causes(&error)))
+        if self.no_new_privileges { self.filters.load() } else { Ok(()) }
     }
 
     /// Returns only when it fails, with the text for the caller.
@@ -225,11 +221,6 @@ fn explain(path: &Path, error: Errno) -> String {
         Errno::EISDIR => format!("{NOT_EXECUTABLE}: exec: \"{shown}\": is a directory"),
         error => format!("{NOT_EXECUTABLE}: exec: \"{shown}\": {}", error.desc().to_lowercase()),
     }
-}
-
-fn with_causes(error: &dyn std::error::Error) -> String {
-    let source = error.source().map(|source| format!(": {}", with_causes(source)));
-    format!("{error}{}", source.unwrap_or_default())
 }
 
 #[cfg(test)]

@@ -81,7 +81,8 @@ impl Sandbox {
             }
         };
         let agent_ready = start.elapsed();
-        let streams = StreamTable::serve(ports.streams);
+        let streams = StreamTable::serve(ports.streams)
+            .map_err(|source| BootError::Host { action: "read random bytes", source })?;
         let configured = agent.configure(&configuration(request.name, share_tags)?).await;
         vmm.explain(configured).await.map_err(BootError::Configure)?;
         if request.network.guest != message::SetNetworkRequest::default() {

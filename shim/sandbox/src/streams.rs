@@ -1,11 +1,13 @@
 //! Byte streams of the guest's processes. The host chooses an id and sends it with the request; the agent dials in and
-//! writes that id first. Ids that nobody expects are dropped.
+//! writes that id first. Ids that nobody expects are dropped, and a container that gets at the port knows none.
 
 use std::collections::HashMap;
+use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use rustix::rand::{GetRandomFlags, getrandom};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::{UnixDatagram, UnixStream};
 use tokio::sync::{Semaphore, oneshot};
@@ -54,10 +56,14 @@ pub(crate) struct Expected {
 
 impl StreamTable {
     /// Takes connections from the stream port for as long as the table lives.
-    pub(crate) fn serve(port: UnixDatagram) -> Self {
+    pub(crate) fn serve(port: UnixDatagram) -> io::Result<Self> {
+        let mut first_id = [0; 8];
+        getrandom(&mut first_id, GetRandomFlags::empty())?;
+        // 0 is no stream: not the first, and none that follows.
+        let next_id = AtomicU64::new(u64::from_le_bytes(first_id) >> 1 | 1);
         let waiting = Waiting::default();
         let server = tokio::spawn(serve(port, waiting.clone()));
-        Self { waiting, next_id: AtomicU64::new(1), server }
+        Ok(Self { waiting, next_id, server })
     }
 
     /// Chooses ids for the streams that are wanted.
@@ -157,7 +163,7 @@ async fn serve(port: UnixDatagram, waiting: Waiting) {
     }
 }
 
-async fn deliver(stream: std::os::unix::net::UnixStream, waiting: Waiting) -> std::io::Result<()> {
+async fn deliver(stream: std::os::unix::net::UnixStream, waiting: Waiting) -> io::Result<()> {
     stream.set_nonblocking(true)?;
     let mut stream = UnixStream::from_std(stream)?;
     let id = stream.read_u64_le().await?;

@@ -14,28 +14,39 @@ use serde::Serialize;
 
 mod security;
 
+/// How well it is.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "UPPERCASE")]
+enum Level {
+    Pass,
+    Warn,
+    Fail,
+}
+
 /// One line of the report.
 #[derive(Debug, Serialize)]
 struct Line {
     name: &'static str,
+    level: Level,
+    /// Whether it is not a failure.
     ok: bool,
     detail: String,
-    /// What to do; nothing for a line that is well. A line that is only a warning is `ok` and has one.
+    /// What to do; nothing for a line that is well.
     #[serde(skip_serializing_if = "Option::is_none")]
     remedy: Option<&'static str>,
 }
 
 impl Line {
     fn pass(name: &'static str, detail: impl Into<String>) -> Self {
-        Self { name, ok: true, detail: detail.into(), remedy: None }
+        Self { name, level: Level::Pass, ok: true, detail: detail.into(), remedy: None }
     }
 
     fn warn(name: &'static str, detail: impl Into<String>, remedy: &'static str) -> Self {
-        Self { name, ok: true, detail: detail.into(), remedy: Some(remedy) }
+        Self { name, level: Level::Warn, ok: true, detail: detail.into(), remedy: Some(remedy) }
     }
 
     fn fail(name: &'static str, detail: impl Into<String>, remedy: &'static str) -> Self {
-        Self { name, ok: false, detail: detail.into(), remedy: Some(remedy) }
+        Self { name, level: Level::Fail, ok: false, detail: detail.into(), remedy: Some(remedy) }
     }
 }
 
@@ -82,10 +93,10 @@ fn needs() -> Vec<Line> {
 }
 
 fn print(line: &Line) {
-    let verdict = match (line.ok, line.remedy) {
-        (true, None) => "PASS",
-        (true, Some(_)) => "WARN",
-        (false, _) => "FAIL",
+    let verdict = match line.level {
+        Level::Pass => "PASS",
+        Level::Warn => "WARN",
+        Level::Fail => "FAIL",
     };
     println!("{verdict}  {:<12} {}", line.name, line.detail);
     if let Some(remedy) = line.remedy {
@@ -278,7 +289,14 @@ fn tun() -> Line {
 mod tests {
     use std::io;
 
-    use super::{Probe, cgroup, cpu, kvm_speed, memory, user_namespaces};
+    use super::{Line, Probe, cgroup, cpu, kvm_speed, memory, user_namespaces};
+
+    #[test]
+    fn a_line_has_its_level_in_json() {
+        let level = |line| serde_json::to_value::<Line>(line).expect("JSON")["level"].clone();
+        let lines = [Line::pass("a", "b"), Line::warn("a", "b", "c"), Line::fail("a", "b", "c")];
+        assert_eq!(lines.map(level), ["PASS", "WARN", "FAIL"]);
+    }
 
     #[test]
     fn a_kvm_that_emulates_ring_0_fails_with_the_reason() {

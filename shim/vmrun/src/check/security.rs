@@ -32,7 +32,7 @@ struct Setting {
     remedy: &'static str,
 }
 
-const SETTINGS: [Setting; 4] = [
+const SETTINGS: [Setting; 5] = [
     Setting {
         name: "ptrace",
         path: "proc/sys/kernel/yama/ptrace_scope",
@@ -47,6 +47,11 @@ const SETTINGS: [Setting; 4] = [
         name: "bpf",
         path: "proc/sys/kernel/unprivileged_bpf_disabled",
         remedy: "sysctl kernel.unprivileged_bpf_disabled=1",
+    },
+    Setting {
+        name: "io_uring",
+        path: "proc/sys/kernel/io_uring_disabled",
+        remedy: "sysctl kernel.io_uring_disabled=2 (Linux 6.6) where nothing on the host uses it; a VMM never does",
     },
     Setting { name: "kernel log", path: "proc/sys/kernel/dmesg_restrict", remedy: "sysctl kernel.dmesg_restrict=1" },
 ];
@@ -63,11 +68,13 @@ pub(super) fn lines(host: &Path, run: &Path, has_core_scheduling: bool) -> Vec<L
         command_line(&read(host, "proc/cmdline")),
         threads(&read(host, "sys/devices/system/cpu/smt/active"), has_core_scheduling),
         second_level_paging(&parameter(host, ["kvm_intel/parameters/ept", "kvm_amd/parameters/npt"])),
+        tdp_mmu(&read(host, "sys/module/kvm/parameters/tdp_mmu")),
         nested(&parameter(host, ["kvm_intel/parameters/nested", "kvm_amd/parameters/nested"])),
         huge_pages(&read(host, "sys/module/kvm/parameters/nx_huge_pages")),
         device(&host.join("dev/kvm")),
         merging(&read(host, "sys/kernel/mm/ksm/run")),
         swap(&read(host, "proc/swaps")),
+        open_files(&read(host, "proc/sys/fs/file-max"), &read(host, "proc/self/limits")),
         folder(run),
     ];
     lines.extend(SETTINGS.iter().map(|setting| sysctl(setting, &read(host, setting.path))));
@@ -158,6 +165,19 @@ fn second_level_paging(state: &str) -> Line {
     }
 }
 
+fn tdp_mmu(state: &str) -> Line {
+    const NAME: &str = "page tables";
+    match state {
+        "Y" | "1" => Line::pass(NAME, "KVM keeps those of guests by its newer code, which has no shadows (TDP MMU)"),
+        "" => Line::warn(NAME, "kvm is not loaded, or does not tell", "load it"),
+        _ => Line::warn(
+            NAME,
+            "KVM keeps those of guests by the code that also shadows",
+            "load kvm with tdp_mmu=1, which is its default",
+        ),
+    }
+}
+
 fn nested(state: &str) -> Line {
     const NAME: &str = "nested";
     match state {
@@ -217,6 +237,21 @@ fn swap(table: &str) -> Line {
     )
 }
 
+/// A VMM is started with the limits of this process, and raises its own to the hard one.
+fn open_files(of_host: &str, limits: &str) -> Line {
+    const NAME: &str = "open files";
+    const REMEDY: &str = "raise fs.file-max, or lower the limit of who starts VMs (LimitNOFILE=)";
+    let hard = limits.lines().find_map(|line| line.strip_prefix("Max open files")?.split_whitespace().nth(1));
+    let (Ok(of_host), Some(of_vm)) = (of_host.parse::<u64>(), hard.and_then(|hard| hard.parse::<u64>().ok())) else {
+        return Line::warn(NAME, "the kernel does not tell how many there may be", REMEDY);
+    };
+    let detail = format!("{of_host} on this host, {of_vm} for one VM");
+    if of_vm > of_host / 2 {
+        return Line::warn(NAME, format!("{detail}: a guest may leave few for others"), REMEDY);
+    }
+    Line::pass(NAME, detail)
+}
+
 fn folder(run: &Path) -> Line {
     const NAME: &str = "state folder";
     match fs::symlink_metadata(run) {
@@ -262,19 +297,26 @@ mod tests {
         lines.into_iter().filter(|line| line.remedy.is_some()).map(|line| (line.name, line.ok)).collect()
     }
 
-    const SOUND: [(&str, &str); 13] = [
+    const SOUND: [(&str, &str); 17] = [
         ("sys/devices/system/cpu/vulnerabilities/mds", "Not affected\n"),
         ("sys/devices/system/cpu/vulnerabilities/retbleed", "Mitigation: untrained return thunk\n"),
         ("proc/cmdline", "root=/dev/vda mitigations=auto,nosmt quiet\n"),
         ("sys/devices/system/cpu/smt/active", "0\n"),
         ("sys/module/kvm_amd/parameters/npt", "Y\n"),
+        ("sys/module/kvm/parameters/tdp_mmu", "Y\n"),
         ("sys/module/kvm_amd/parameters/nested", "0\n"),
         ("sys/module/kvm/parameters/nx_huge_pages", "N\n"),
         ("sys/kernel/mm/ksm/run", "0\n"),
         ("proc/swaps", "Filename Type Size Used Priority\n/dev/zram0 partition 1 0 1\n"),
+        ("proc/sys/fs/file-max", "9223372036854775807\n"),
+        (
+            "proc/self/limits",
+            "Max processes 1 1 processes\nMax open files            1024                 524288               files\n",
+        ),
         ("proc/sys/kernel/yama/ptrace_scope", "1\n"),
         ("proc/sys/kernel/kptr_restrict", "2\n"),
         ("proc/sys/kernel/unprivileged_bpf_disabled", "2\n"),
+        ("proc/sys/kernel/io_uring_disabled", "2\n"),
         ("proc/sys/kernel/dmesg_restrict", "1\n"),
     ];
 
@@ -290,8 +332,11 @@ mod tests {
             ("proc/cmdline", "mitigations=auto;no_guest_host\n"),
             ("sys/devices/system/cpu/smt/active", "1\n"),
             ("sys/module/kvm_amd/parameters/npt", "N\n"),
+            ("sys/module/kvm/parameters/tdp_mmu", "N\n"),
             ("sys/module/kvm_amd/parameters/nested", "1\n"),
             ("sys/kernel/mm/ksm/run", "1\n"),
+            ("proc/sys/fs/file-max", "600000\n"),
+            ("proc/sys/kernel/io_uring_disabled", "0\n"),
             ("proc/swaps", "Filename Type Size Used Priority\n/dev/sda2 partition 1 0 1\n"),
             ("proc/sys/kernel/kptr_restrict", "0\n"),
             ("run/box", ""),
@@ -302,12 +347,15 @@ mod tests {
             ("command line", false),
             ("threads", true),
             ("paging", false),
+            ("page tables", true),
             ("nested", true),
             ("kvm access", true),
             ("page merging", true),
             ("swap", true),
+            ("open files", true),
             ("state folder", false),
             ("addresses", true),
+            ("io_uring", true),
         ];
         assert_eq!(told(&files), expected);
     }
@@ -315,7 +363,7 @@ mod tests {
     #[test]
     fn a_host_that_tells_nothing_passes_nothing_that_matters() {
         let silent = told(&[]);
-        for name in ["cpu flaws", "command line", "threads", "paging", "nested", "huge pages", "ptrace"] {
+        for name in ["cpu flaws", "command line", "threads", "paging", "nested", "huge pages", "open files", "ptrace"] {
             assert!(silent.contains(&(name, true)), "{name}: {silent:?}");
         }
     }
