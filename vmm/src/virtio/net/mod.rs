@@ -26,7 +26,6 @@ use backend::Backend;
 use control::ControlQueue;
 use limit::Limiter;
 use rx::Rx;
-pub use shared::NetState;
 use shared::Shared;
 use spoof::SpoofGuard;
 use stream::Stream;
@@ -141,12 +140,6 @@ impl NetHandle {
     #[must_use]
     pub fn stats(&self) -> NetStats {
         self.shared.stats(&self.name)
-    }
-
-    /// What a restored device begins with.
-    #[must_use]
-    pub fn state(&self) -> NetState {
-        self.shared.state(&self.name)
     }
 }
 

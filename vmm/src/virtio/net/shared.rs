@@ -11,18 +11,8 @@ use super::vhost::Follower;
 use crate::event_loop::lock;
 use crate::virtio::Interrupt;
 
-/// All of the device's state beside its queues and what the driver negotiated, for save and restore.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct NetState {
-    /// Whether the caller gives the guest a carrier.
-    pub link_up: bool,
-    /// Pairs of queues that the driver uses.
-    pub active_pairs: u16,
-    /// What was counted.
-    pub stats: NetStats,
-}
-
-/// Shared by the device, its workers and who controls it.
+/// All of the device's state beside its queues and what the driver negotiated, shared by the device, its workers and who
+/// controls it. A reset by the driver changes `active_pairs` and `wiring` alone.
 #[derive(Default)]
 pub(super) struct Shared {
     link_down: AtomicBool,
@@ -143,14 +133,6 @@ impl Shared {
             tx_malformed: read(&counters.tx_malformed),
             tx_spoofed: read(&counters.tx_spoofed),
             throttled: read(&counters.throttled),
-        }
-    }
-
-    pub(super) fn state(&self, name: &str) -> NetState {
-        NetState {
-            link_up: !self.link_down.load(Ordering::Acquire),
-            active_pairs: self.active_pairs(),
-            stats: self.stats(name),
         }
     }
 }
