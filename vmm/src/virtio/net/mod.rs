@@ -168,13 +168,24 @@ impl Net {
                 }
             }
         }
+        Ok(Self::new(device, pair_count, backends, vhost, registry))
+    }
+
+    /// With the queues of `pair_count` pairs, for each of which there is a back end or one of `vhost`.
+    fn new(
+        device: NetDevice,
+        pair_count: usize,
+        backends: Vec<Box<dyn Backend>>,
+        vhost: Option<VhostPairs>,
+        registry: Registry,
+    ) -> Self {
         let mut queue_sizes = vec![QUEUE_SIZE; pair_count * 2];
         queue_sizes.push(CONTROL_QUEUE_SIZE);
         let most = vhost.as_ref().map_or(u64::MAX, VhostPairs::features);
         let backend_features = backends.iter().fold(most, |common, backend| common & backend.features());
         let shared = Arc::new(Shared::default());
         shared.disconnect();
-        Ok(Self {
+        Self {
             device,
             queue_sizes,
             backend_features,
@@ -184,7 +195,7 @@ impl Net {
             control: None,
             registry,
             shared,
-        })
+        }
     }
 
     /// What controls the device when the bus has it.
