@@ -24,7 +24,6 @@ use super::{ActivateError, Activation, ActiveQueue, VirtioDevice};
 use crate::event_loop::{EventSet, Registry, lock};
 use backend::Backend;
 use control::ControlQueue;
-use limit::Limiter;
 use rx::Rx;
 use shared::Shared;
 use spoof::SpoofGuard;
@@ -183,7 +182,7 @@ impl Net {
         queue_sizes.push(CONTROL_QUEUE_SIZE);
         let most = vhost.as_ref().map_or(u64::MAX, VhostPairs::features);
         let backend_features = backends.iter().fold(most, |common, backend| common & backend.features());
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Shared::new(&device, Instant::now()));
         shared.disconnect();
         Self {
             device,
@@ -218,7 +217,6 @@ impl Net {
         let backend = self.backends.remove(0);
         let guard = self.device.only_from.clone().map(|addresses| SpoofGuard::new(self.device.mac, addresses));
         let [rx, tx] = queues;
-        let now = Instant::now();
         let pair = Pair {
             index: u16::try_from(index).expect("at most 8"),
             rx: Rx::new(rx, with.features & VIRTIO_NET_F_MRG_RXBUF != 0),
@@ -226,8 +224,6 @@ impl Net {
             backend,
             memory: with.memory.clone(),
             shared: self.shared.clone(),
-            rx_limit: Limiter::new(self.device.rx_limit, now),
-            tx_limit: Limiter::new(self.device.tx_limit, now),
         };
         let worker = Worker::spawn(pair, &with.device_thread);
         self.workers.push(worker.map_err(host("start a worker of a network interface"))?);

@@ -1,4 +1,4 @@
-//! Several pairs, with a host that takes the headers as well, as a TAP interface does: offloads, the link.
+//! Several pairs, with a host that takes the headers as well, as a TAP interface does: offloads, the link, limits of all together.
 
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::os::unix::net::UnixDatagram;
@@ -229,4 +229,61 @@ fn a_change_of_the_link_is_in_the_status_and_interrupts() {
     interface.net.handle().set_link(true);
     interface.config_changes.try_recv().expect("an interrupt");
     assert_eq!(status(), [1, 0]);
+}
+
+#[test]
+fn pairs_share_a_limit_of_frames() {
+    let tx_limit = RateLimit { bytes_per_s: 0, frames_per_s: 20 };
+    let mut interface = Interface::new(NetDevice { tx_limit, ..device() }, 2);
+    let start = Instant::now();
+    for index in [0, 1, 0, 1, 0, 1, 0, 1] {
+        interface.transmit(index, NO_OFFLOAD, &frame(60));
+    }
+    for index in [0, 1, 0, 1, 0, 1, 0, 1] {
+        interface.host_receives(index);
+    }
+    // Two at once, one more when both look at the same time, then one each 50 ms. With a limit each it would take 100 ms.
+    assert!(start.elapsed() >= Duration::from_millis(250), "{:?}", start.elapsed());
+}
+
+#[test]
+fn pairs_share_a_limit_of_bytes_in_each_direction() {
+    let limit = RateLimit { bytes_per_s: 10_000, frames_per_s: 0 };
+    let mut interface = Interface::new(NetDevice { rx_limit: limit, tx_limit: limit, ..device() }, 2);
+    assert_eq!(interface.use_pairs(2), 0);
+    let least = Duration::from_millis(300);
+    let start = Instant::now();
+    for index in [0, 1, 0, 1, 0, 1] {
+        interface.transmit(index, NO_OFFLOAD, &frame(1000));
+    }
+    for index in [0, 1, 0, 1, 0, 1] {
+        interface.host_receives(index);
+    }
+    // 1000 bytes at once and a frame too many of each pair, then the debt of them all.
+    assert!(start.elapsed() >= least, "the guest sends: {:?}", start.elapsed());
+
+    let start = Instant::now();
+    for index in [0, 1, 0, 1, 0, 1] {
+        interface.offer(index, 1100);
+        interface.host_sends(index, &frame(1000));
+    }
+    for index in [0, 1, 0, 1, 0, 1] {
+        interface.guest_receives(index);
+    }
+    assert!(start.elapsed() >= least, "the guest receives: {:?}", start.elapsed());
+}
+
+#[test]
+fn a_reset_forgives_no_debt() {
+    let tx_limit = RateLimit { bytes_per_s: 5000, frames_per_s: 0 };
+    let mut interface = Interface::new(NetDevice { tx_limit, ..device() }, 1);
+    let start = Instant::now();
+    interface.transmit(0, NO_OFFLOAD, &frame(1500));
+    interface.host_receives(0);
+    interface.net.reset();
+    interface.activate();
+    interface.transmit(0, NO_OFFLOAD, &frame(1500));
+    interface.host_receives(0);
+    // 500 bytes at once, a debt of 1000.
+    assert!(start.elapsed() >= Duration::from_millis(200), "{:?}", start.elapsed());
 }
