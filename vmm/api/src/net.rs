@@ -35,11 +35,12 @@ pub struct NetDevice {
     pub mtu: u16,
     /// What carries the frames.
     pub backend: Backend,
-    /// Limit of what reaches the guest.
+    /// Limit of what reaches the guest, by all queue pairs together.
     pub rx_limit: RateLimit,
-    /// Limit of what the guest sends.
+    /// Limit of what the guest sends, by all queue pairs together.
     pub tx_limit: RateLimit,
-    /// When set, the guest can only send from its hardware address and from these addresses.
+    /// When set, the guest can only send from its hardware address, from these addresses and from the link-local one that is made
+    /// of the hardware address (RFC 4291, 2.5.1); it can tell neighbours of no others, and be no router.
     pub only_from: Option<Vec<IpAddr>>,
 }
 

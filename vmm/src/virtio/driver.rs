@@ -10,6 +10,7 @@ use super::{ActiveQueue, GuestMemory, Interrupt};
 
 pub(crate) const NEXT: u16 = 1;
 pub(crate) const WRITE: u16 = 2;
+const DESCRIPTOR_LEN: u64 = 16;
 
 /// A queue of `size` descriptors at `base`: table, available ring and used ring, a page each.
 pub(crate) struct DriverQueue {
@@ -41,7 +42,10 @@ impl DriverQueue {
 
     /// Writes a descriptor.
     pub(crate) fn describe(&self, index: u16, address: u64, len: u32, flags: u16, next: u16) {
-        let at = self.base + u64::from(index) * 16;
+        self.describe_at(self.base + u64::from(index) * DESCRIPTOR_LEN, address, len, flags, next);
+    }
+
+    fn describe_at(&self, at: u64, address: u64, len: u32, flags: u16, next: u16) {
         let mut bytes = address.to_le_bytes().to_vec();
         bytes.extend(len.to_le_bytes());
         bytes.extend(flags.to_le_bytes());
@@ -72,6 +76,23 @@ impl DriverQueue {
             self.describe(index, *address, *len, more | if *writable { WRITE } else { 0 }, next);
             self.next_descriptor = self.next_descriptor.wrapping_add(1);
         }
+        self.offer(head);
+        head
+    }
+
+    /// Offers such a chain by a table of its own, at `table` (VIRTIO 1.2, 2.7.5.3); returns its head.
+    #[cfg(test)]
+    pub(crate) fn put_indirect(&mut self, table: u64, buffers: &[(u64, u32, bool)]) -> u16 {
+        const INDIRECT: u16 = 4;
+        let mut at = table;
+        for (next, (address, len, writable)) in (1..).zip(buffers) {
+            let more = if usize::from(next) < buffers.len() { NEXT } else { 0 };
+            self.describe_at(at, *address, *len, more | if *writable { WRITE } else { 0 }, next);
+            at += DESCRIPTOR_LEN;
+        }
+        let head = self.next_head();
+        self.describe(head, table, u32::try_from(at - table).expect("a short table"), INDIRECT, 0);
+        self.next_descriptor = self.next_descriptor.wrapping_add(1);
         self.offer(head);
         head
     }

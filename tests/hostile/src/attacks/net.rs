@@ -23,6 +23,35 @@ const HEADERS: [(&str, [u16; 5]); 14] = [
     ("all-ones", [u16::MAX; 5]),
 ];
 
+/// What the device can leave to the host: checksums, segments of TCP and UDP (VIRTIO 1.2, 5.1.3).
+const OFFLOADS: u64 = 1 | 1 << 11 | 1 << 12 | 1 << 13 | 1 << 56;
+
+/// Headers that lie where offloads were negotiated, and the length of the frame with its header.
+const LIES: [(&str, [u16; 5], u32); 16] = [
+    ("segments-larger-than-the-frame", [0x0101, 54, 60_000, 34, 16], 72),
+    ("segments-of-the-largest-size", [0x0101, 54, u16::MAX, 34, 16], 4012),
+    ("segments-of-a-byte", [0x0101, 54, 1, 34, 16], 4012),
+    ("thousands-of-segments", [0x0101, 54, 8, 34, 16], 65_000),
+    ("segments-of-a-frame-that-is-too-long", [0x0101, 54, 1448, 34, 16], 65_600),
+    ("segments-of-headers-alone", [0x0101, 54, 1448, 34, 16], 66),
+    ("segments-of-half-an-ip-header", [0x0101, 54, 1448, 34, 16], 40),
+    ("segments-without-headers", [0x0101, 0, 1448, 34, 16], 4012),
+    ("segments-that-are-headers", [0x0101, 4000, 1448, 34, 16], 4012),
+    ("segments-of-ipv6-that-are-of-ipv4", [0x0401, 74, 1400, 54, 16], 4012),
+    ("segments-of-udp-that-are-of-tcp", [0x0501, 42, 1400, 34, 6], 4012),
+    ("segments-of-udp-larger-than-the-frame", [0x0501, 42, 60_000, 34, 6], 72),
+    ("segments-with-the-checksum-before-them", [0x0101, 54, 1448, 0, 0], 4012),
+    ("segments-with-the-checksum-in-their-bytes", [0x0101, 54, 1448, 2000, 16], 4012),
+    ("segments-with-the-checksum-at-their-end", [0x0101, 54, 1448, 3998, 0], 4012),
+    ("segments-with-a-checksum-that-wraps", [0x0101, 54, 1448, u16::MAX, u16::MAX], 4012),
+];
+
+/// Ethernet, IPv4 and TCP, so that the host believes the headers as far as it can.
+const TCP_FRAME: [u8; 54] = [
+    0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2, 0, 0, 0, 0, 1, 8, 0, 0x45, 0, 0x0f, 0x92, 0, 0, 0x40, 0, 64, 6, 0, 0, 10, 0,
+    0, 2, 10, 0, 0, 1, 0x10, 0, 0, 80, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 0xff, 0xff, 0, 0, 0, 0,
+];
+
 const LENGTHS: [(&str, u32); 9] = [
     ("nothing", 0),
     ("half-a-header", 6),
@@ -38,11 +67,19 @@ const LENGTHS: [(&str, u32); 9] = [
 /// Runs the cases.
 pub fn attack(report: &mut Report, device: &Device) {
     for (name, header) in HEADERS {
-        let verdict = transmit(device, header, 72).and_then(|()| works(device));
+        let verdict = transmit(device, 0, header, 72).and_then(|()| works(device));
         report.tell(format_args!("net/header/{name}"), verdict);
     }
+    // A stream has none.
+    let offloads = device.offered() & OFFLOADS;
+    if offloads != 0 {
+        for (name, header, len) in HEADERS.map(|(name, header)| (name, header, 72)).into_iter().chain(LIES) {
+            let verdict = transmit(device, offloads, header, len).and_then(|()| works(device));
+            report.tell(format_args!("net/offload/{name}"), verdict);
+        }
+    }
     for (name, len) in LENGTHS {
-        let verdict = transmit(device, [0; 5], len).and_then(|()| works(device));
+        let verdict = transmit(device, 0, [0; 5], len).and_then(|()| works(device));
         report.tell(format_args!("net/frame/{name}"), verdict);
     }
     for class in [0_u8, 1, 4, 5, 0x7f, 0xff] {
@@ -52,13 +89,17 @@ pub fn attack(report: &mut Report, device: &Device) {
 }
 
 /// What is wrong with a frame is the guest's loss: it is given back.
-fn transmit(device: &Device, header: [u16; 5], len: u32) -> Verdict {
-    if !device.start(0) {
+fn transmit(device: &Device, features: u64, header: [u16; 5], len: u32) -> Verdict {
+    if !device.start(features) {
         return Err("it does not start");
     }
     let queue = Queue::of_device(device, 1);
     for (at, half) in (0..).step_by(2).zip(header) {
         write(queue.buffer + at, half);
+    }
+    // Behind the number of buffers.
+    for (at, byte) in (12..).zip(TCP_FRAME) {
+        write(queue.buffer + at, byte);
     }
     queue.describe(0, queue.buffer, len, 0, 0);
     queue.offer(0);

@@ -24,9 +24,7 @@ use super::{ActivateError, Activation, ActiveQueue, VirtioDevice};
 use crate::event_loop::{EventSet, Registry, lock};
 use backend::Backend;
 use control::ControlQueue;
-use limit::Limiter;
 use rx::Rx;
-pub use shared::NetState;
 use shared::Shared;
 use spoof::SpoofGuard;
 use stream::Stream;
@@ -142,12 +140,6 @@ impl NetHandle {
     pub fn stats(&self) -> NetStats {
         self.shared.stats(&self.name)
     }
-
-    /// What a restored device begins with.
-    #[must_use]
-    pub fn state(&self) -> NetState {
-        self.shared.state(&self.name)
-    }
 }
 
 impl Net {
@@ -175,13 +167,24 @@ impl Net {
                 }
             }
         }
+        Ok(Self::new(device, pair_count, backends, vhost, registry))
+    }
+
+    /// With the queues of `pair_count` pairs, for each of which there is a back end or one of `vhost`.
+    fn new(
+        device: NetDevice,
+        pair_count: usize,
+        backends: Vec<Box<dyn Backend>>,
+        vhost: Option<VhostPairs>,
+        registry: Registry,
+    ) -> Self {
         let mut queue_sizes = vec![QUEUE_SIZE; pair_count * 2];
         queue_sizes.push(CONTROL_QUEUE_SIZE);
         let most = vhost.as_ref().map_or(u64::MAX, VhostPairs::features);
         let backend_features = backends.iter().fold(most, |common, backend| common & backend.features());
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Shared::new(&device, Instant::now()));
         shared.disconnect();
-        Ok(Self {
+        Self {
             device,
             queue_sizes,
             backend_features,
@@ -191,7 +194,7 @@ impl Net {
             control: None,
             registry,
             shared,
-        })
+        }
     }
 
     /// What controls the device when the bus has it.
@@ -214,7 +217,6 @@ impl Net {
         let backend = self.backends.remove(0);
         let guard = self.device.only_from.clone().map(|addresses| SpoofGuard::new(self.device.mac, addresses));
         let [rx, tx] = queues;
-        let now = Instant::now();
         let pair = Pair {
             index: u16::try_from(index).expect("at most 8"),
             rx: Rx::new(rx, with.features & VIRTIO_NET_F_MRG_RXBUF != 0),
@@ -222,8 +224,6 @@ impl Net {
             backend,
             memory: with.memory.clone(),
             shared: self.shared.clone(),
-            rx_limit: Limiter::new(self.device.rx_limit, now),
-            tx_limit: Limiter::new(self.device.tx_limit, now),
         };
         let worker = Worker::spawn(pair, &with.device_thread);
         self.workers.push(worker.map_err(host("start a worker of a network interface"))?);

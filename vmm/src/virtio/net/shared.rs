@@ -1,28 +1,20 @@
-//! What the threads of one interface share: the link, the number of pairs in use, counters.
+//! What the threads of one interface share: the link, the number of pairs in use, counters, limits.
 
 use std::io;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
+use std::time::Instant;
 
-use vmm_api::net::NetStats;
+use vmm_api::net::{NetDevice, NetStats};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::limit::Limiter;
 use super::vhost::Follower;
 use crate::event_loop::lock;
 use crate::virtio::Interrupt;
 
-/// All of the device's state beside its queues and what the driver negotiated, for save and restore.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct NetState {
-    /// Whether the caller gives the guest a carrier.
-    pub link_up: bool,
-    /// Pairs of queues that the driver uses.
-    pub active_pairs: u16,
-    /// What was counted.
-    pub stats: NetStats,
-}
-
-/// Shared by the device, its workers and who controls it.
+/// All of the device's state beside its queues and what the driver negotiated, shared by the device, its workers and who
+/// controls it. A reset by the driver changes `active_pairs` and `wiring` alone.
 #[derive(Default)]
 pub(super) struct Shared {
     link_down: AtomicBool,
@@ -30,6 +22,9 @@ pub(super) struct Shared {
     lost: AtomicBool,
     active_pairs: AtomicU16,
     pub(super) counters: Counters,
+    /// Of all pairs together.
+    pub(super) rx_limit: Limiter,
+    pub(super) tx_limit: Limiter,
     wiring: Mutex<Wiring>,
 }
 
@@ -60,6 +55,12 @@ pub(super) fn count(counter: &AtomicU64, amount: usize) {
 }
 
 impl Shared {
+    /// With the limits of an interface, and the link up.
+    pub(super) fn new(device: &NetDevice, now: Instant) -> Self {
+        let [rx_limit, tx_limit] = [device.rx_limit, device.tx_limit].map(|limit| Limiter::new(limit, now));
+        Self { rx_limit, tx_limit, ..Self::default() }
+    }
+
     /// Whether frames pass.
     pub(super) fn link_up(&self) -> bool {
         !self.link_down.load(Ordering::Acquire) && !self.lost.load(Ordering::Acquire)
@@ -143,14 +144,6 @@ impl Shared {
             tx_malformed: read(&counters.tx_malformed),
             tx_spoofed: read(&counters.tx_spoofed),
             throttled: read(&counters.throttled),
-        }
-    }
-
-    pub(super) fn state(&self, name: &str) -> NetState {
-        NetState {
-            link_up: !self.link_down.load(Ordering::Acquire),
-            active_pairs: self.active_pairs(),
-            stats: self.stats(name),
         }
     }
 }

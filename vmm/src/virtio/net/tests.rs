@@ -14,9 +14,12 @@ use crate::jail::Jail;
 use crate::virtio::driver::{DriverQueue, NEXT, WRITE};
 use crate::virtio::{GuestMemory, Interrupt};
 
+mod pairs;
+
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const TX_BUFFER: u64 = 0x10_0000;
 const RX_BUFFER: u64 = 0x20_0000;
+const TABLE: u64 = 0x30_0000;
 const MTU: u16 = 1500;
 const HEADER: u32 = 12;
 const VIRTIO_F_VERSION_1: u64 = 1 << 32;
@@ -150,6 +153,27 @@ fn a_frame_of_the_guest_reaches_the_host_whatever_its_descriptors() {
     assert_eq!(driver.host_receives(), long);
     let stats = driver.wait_stats(|stats| stats.tx_frames == 2);
     assert_eq!(stats.tx_bytes, 60 + 1514);
+}
+
+#[test]
+fn a_chain_may_be_a_table_in_both_directions() {
+    let mut driver = Driver::new(device());
+    driver.memory.write_slice(&[&[0; 12][..], &frame(60)].concat(), GuestAddress(TX_BUFFER)).expect("in RAM");
+    let buffers = [(TX_BUFFER, 12, false), (TX_BUFFER + 12, 20, false), (TX_BUFFER + 32, 40, false)];
+    driver.tx.put_indirect(TABLE, &buffers);
+    driver.kicks[1].write(1).expect("rung");
+    assert_eq!(driver.host_receives(), frame(60));
+    assert_eq!(driver.wait_used(|driver| &mut driver.tx), (0, 0));
+
+    driver
+        .rx
+        .put_indirect(TABLE, &[(RX_BUFFER, 12, true), (RX_BUFFER + 0x1000, 40, true), (RX_BUFFER + 0x1028, 40, true)]);
+    driver.kicks[0].write(1).expect("rung");
+    driver.host_sends(&frame(70));
+    assert_eq!(driver.wait_used(|driver| &mut driver.rx), (0, 82));
+    let mut received = [0; 70];
+    driver.memory.read_slice(&mut received, GuestAddress(RX_BUFFER + 0x1000)).expect("in RAM");
+    assert_eq!(received[..], frame(70));
 }
 
 #[test]

@@ -13,7 +13,6 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::backend::Backend;
 use super::header::HEADER_LEN;
-use super::limit::Limiter;
 use super::rx::{Delivery, Rx};
 use super::shared::{Shared, count};
 use super::tx::{Sending, Tx, TxError};
@@ -36,8 +35,6 @@ pub(super) struct Pair {
     pub(super) backend: Box<dyn Backend>,
     pub(super) memory: Arc<GuestMemory>,
     pub(super) shared: Arc<Shared>,
-    pub(super) rx_limit: Limiter,
-    pub(super) tx_limit: Limiter,
 }
 
 /// Stops and joins its thread when told or dropped.
@@ -155,7 +152,7 @@ impl Serving {
     }
 
     fn send_batch(&mut self) -> Result<Turn, TxError> {
-        let Pair { tx, memory, backend, shared, tx_limit, .. } = &mut self.pair;
+        let Pair { tx, memory, backend, shared, .. } = &mut self.pair;
         let counters = &shared.counters;
         let link_up = shared.link_up();
         match if link_up { backend.flush() } else { Ok(()) } {
@@ -165,9 +162,7 @@ impl Serving {
         tx.active.queue.disable_notification(&**memory).map_err(TxError::Ring)?;
         let (mut is_moving, mut empty_turns) = (false, 0);
         for _ in 0..tx.active.queue.size() {
-            if !tx_limit.is_none()
-                && let Some(wait) = tx_limit.wait(Instant::now())
-            {
+            if let Some(wait) = shared.tx_limit.wait(Instant::now) {
                 count(&counters.throttled, 1);
                 return Ok(Turn::After(wait));
             }
@@ -175,7 +170,7 @@ impl Serving {
                 Sending::Sent(len) => {
                     count(&counters.tx_frames, 1);
                     count(&counters.tx_bytes, len);
-                    tx_limit.take(len);
+                    shared.tx_limit.take(len);
                 }
                 Sending::Blocked => return Ok(Turn::Blocked),
                 Sending::Dropped | Sending::NoLink => count(&counters.tx_dropped, 1),
@@ -208,13 +203,11 @@ impl Serving {
     }
 
     fn receive_batch(&mut self) -> Result<Turn, TxError> {
-        let Pair { rx, memory, backend, shared, rx_limit, .. } = &mut self.pair;
+        let Pair { rx, memory, backend, shared, .. } = &mut self.pair;
         let counters = &shared.counters;
         for _ in 0..RX_BATCH {
             if !rx.has_frame() {
-                if !rx_limit.is_none()
-                    && let Some(wait) = rx_limit.wait(Instant::now())
-                {
+                if let Some(wait) = shared.rx_limit.wait(Instant::now) {
                     count(&counters.throttled, 1);
                     return Ok(Turn::After(wait));
                 }
@@ -230,7 +223,7 @@ impl Serving {
                 Delivery::Delivered => {
                     count(&counters.rx_frames, 1);
                     count(&counters.rx_bytes, len);
-                    rx_limit.take(len);
+                    shared.rx_limit.take(len);
                 }
                 Delivery::Dropped => count(&counters.rx_dropped, 1),
                 Delivery::NoBuffers => {

@@ -294,6 +294,16 @@ impl Interrupt {
         let (messages, _) = std::sync::mpsc::channel();
         MsixTable::new(1, MessageTarget::Test(messages)).interrupt(VIRTIO_MSI_NO_VECTOR)
     }
+
+    /// An interrupt, and where its messages come.
+    #[cfg(test)]
+    pub(crate) fn heard() -> (Self, std::sync::mpsc::Receiver<(u64, u32)>) {
+        let (messages, heard) = std::sync::mpsc::channel();
+        let table = MsixTable::new(1, MessageTarget::Test(messages));
+        table.set_control(true, false);
+        table.write_table(12, &[0; 4]);
+        (table.interrupt(0), heard)
+    }
 }
 
 #[cfg(test)]
