@@ -12,10 +12,9 @@ use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, N
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteType,
 };
-use rtnetlink::packet_route::tc::{TcHandle, TcMessage};
 use rtnetlink::{Handle, RouteMessageBuilder};
 
-use super::{MacAddress, NetworkError, tap};
+use super::{MacAddress, NetworkError, ingress, tap};
 use crate::message::{Interface, Neighbour, Route, SetNetworkRequest};
 
 /// An Ethernet interface.
@@ -74,10 +73,8 @@ pub(super) struct Facts {
 #[derive(Debug, Default)]
 pub(crate) struct Found {
     pub(super) facts: Facts,
-    /// Indices of our TAP interfaces.
-    pub(super) taps: Vec<u32>,
-    /// Indices of interfaces with a queue that redirections hang on.
-    pub(super) redirected: Vec<u32>,
+    /// Indices of two interfaces, where frames that arrive at the first leave through the second.
+    pub(super) redirections: Vec<(u32, u32)>,
 }
 
 /// Every interface of the namespace.
@@ -101,7 +98,6 @@ pub(super) async fn has_ipv6_route(handle: &Handle) -> Result<bool, NetworkError
 impl Found {
     pub(super) async fn read(handle: &Handle) -> Result<Self, NetworkError> {
         let messages = interfaces(handle).await?;
-        let taps = messages.iter().filter(|message| is_tap(message)).map(|message| message.header.index).collect();
         let mut links: Vec<Link> = messages.iter().filter_map(link).collect();
         let addresses: Vec<AddressMessage> = handle
             .address()
@@ -141,16 +137,9 @@ impl Found {
             .await
             .map_err(NetworkError::netlink("list the neighbours of the network namespace"))?;
         let neighbours = found.iter().filter_map(|message| neighbour(message, &links)).collect();
-        let queues: Vec<TcMessage> = handle
-            .qdisc()
-            .get()
-            .execute()
-            .try_collect()
-            .await
-            .map_err(NetworkError::netlink("list the queues of the network namespace"))?;
-        let ingress = queues.iter().filter(|queue| queue.header.parent == TcHandle::INGRESS);
-        let redirected = ingress.filter_map(|queue| u32::try_from(queue.header.index).ok()).collect();
-        Ok(Self { facts: Facts { links, routes, neighbours }, taps, redirected })
+        let queues = ingress::read(handle).await?;
+        let redirections = queues.iter().flat_map(|queue| queue.targets().map(|target| (queue.link_index, target)));
+        Ok(Self { redirections: redirections.collect(), facts: Facts { links, routes, neighbours } })
     }
 }
 

@@ -21,7 +21,7 @@ fn route(interface: &str) -> Route {
 
 fn found(links: Vec<Link>, routes: Vec<Route>) -> Found {
     let facts = Facts { links, routes, ..Default::default() };
-    Found { facts, taps: vec![90], redirected: vec![1, 2, 3] }
+    Found { facts, redirections: [1, 2, 3].map(|index| [(index, 90), (90, index)]).concat() }
 }
 
 /// A pod that has what was found, by TAP interfaces that are all there.
@@ -57,16 +57,16 @@ fn what_comes_is_new_and_what_goes_is_gone() {
 }
 
 #[test]
-fn another_mtu_or_a_lost_tap_makes_an_interface_anew() {
+fn another_mtu_or_a_lost_redirection_makes_an_interface_anew() {
     let seen = found(vec![link(1, "eth0")], vec![]);
     let pod = pod(false, &seen);
     let jumbo = Link { mtu: 9000, ..link(1, "eth0") };
     let change = pod.change(&found(vec![jumbo.clone()], vec![]));
     assert_eq!((change.gone, change.new), (vec![0], vec![jumbo]));
-    let without_tap = Found { taps: vec![], ..found(vec![link(1, "eth0")], vec![]) };
-    assert_eq!(pod.change(&without_tap).gone, [0]);
-    let without_queue = Found { redirected: vec![2], ..found(vec![link(1, "eth0")], vec![]) };
-    assert_eq!(pod.change(&without_queue).gone, [0]);
+    for left in [vec![(1, 0)], vec![(1, 90)], vec![(90, 1)], vec![(2, 90), (90, 2)]] {
+        let seen = Found { redirections: left, ..found(vec![link(1, "eth0")], vec![]) };
+        assert_eq!(pod.change(&seen).gone, [0], "{seen:?}");
+    }
 }
 
 #[test]
