@@ -9,7 +9,7 @@ use std::time::Duration;
 use agent_api::message::{Interface, Neighbour, Route, SetNetworkRequest};
 use agent_api::{HOSTS_PATH, RESOLV_CONF_PATH};
 use futures::TryStreamExt as _;
-use rtnetlink::packet_route::address::AddressHeaderFlags;
+use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags};
 use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
 use rtnetlink::packet_route::route::{RouteMessage, RouteScope};
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
@@ -130,7 +130,11 @@ async fn set_interface(handle: &Handle, interface: &Interface) -> Done {
         let (address, prefix_len) = prefix(text)?;
         let mut add = handle.address().add(index, address, prefix_len).replace();
         // Whoever gave the address has made sure that it is free; looking again would take a second.
-        add.message_mut().header.flags |= AddressHeaderFlags::Nodad;
+        let mut flags = AddressFlags::Nodad;
+        if interface.noprefixroute.contains(text) {
+            flags |= AddressFlags::Noprefixroute;
+        }
+        add.message_mut().attributes.push(AddressAttribute::Flags(flags));
         add.execute().await.map_err(failed("add the address", text))?;
     }
     Ok(())

@@ -1,11 +1,12 @@
 //! What a container uses, as containerd's `io.containerd.cgroups.v2.Metrics`.
 
 use containerd_shim_protos::cgroups_v2::metrics::{
-    CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PSIData, PSIStats, PidsStat,
+    CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, NetworkStat, PSIData, PSIStats, PidsStat,
 };
 use protobuf::Message as _;
 use protobuf::well_known_types::any::Any;
 use sandbox::message::{Pressure, StatsReply};
+use sandbox::network::NetStats;
 
 use crate::error::TaskError;
 
@@ -37,6 +38,21 @@ pub(crate) fn metrics(stats: &StatsReply) -> Metrics {
         memory_events: Some(memory_events(stats)).into(),
         io: Some(io(stats)).into(),
         hugetlb: stats.hugetlb_current.iter().map(|(size, current)| huge_pages(size, *current)).collect(),
+        ..Default::default()
+    }
+}
+
+/// Of an interface of a VM. containerd reads it from 2.1 on.
+pub(crate) fn interface(stats: NetStats) -> NetworkStat {
+    NetworkStat {
+        name: stats.name,
+        rx_bytes: stats.rx_bytes,
+        rx_packets: stats.rx_frames,
+        rx_dropped: stats.rx_dropped,
+        tx_bytes: stats.tx_bytes,
+        tx_packets: stats.tx_frames,
+        tx_errors: stats.tx_malformed,
+        tx_dropped: stats.tx_dropped.saturating_add(stats.tx_spoofed),
         ..Default::default()
     }
 }

@@ -101,7 +101,7 @@ impl Sandbox for SandboxService {
         let metric = response.metrics.mut_or_insert_default();
         metric.timestamp = translate::timestamp(std::time::SystemTime::now());
         metric.id = request.sandbox_id;
-        metric.data = Some(metrics::any(&self.0.vm()?.metrics())?).into();
+        metric.data = Some(metrics::any(&self.0.vm()?.metrics().await)?).into();
         Ok(response)
     }
 }

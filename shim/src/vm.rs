@@ -121,10 +121,14 @@ impl Vm {
         self.sandbox.vmm_pid()
     }
 
-    /// What it uses of the host, its guest's memory included. Of one that stayed in its starter's cgroup that is not known.
-    pub(crate) fn metrics(&self) -> Metrics {
+    /// What it uses of the host, its guest's memory included, and what its interfaces have carried. Of one that stayed in its
+    /// starter's cgroup only the latter is known, and of one that has ended only the former.
+    pub(crate) async fn metrics(&self) -> Metrics {
         let stats = self.cgroup.as_ref().and_then(|cgroup| cgroup.stats().ok());
-        stats.map_or_else(Metrics::new, |stats| metrics::metrics(&stats))
+        let mut told = stats.map_or_else(Metrics::new, |stats| metrics::metrics(&stats));
+        let interfaces = self.sandbox.network_stats().await.unwrap_or_default();
+        told.network = interfaces.into_iter().map(metrics::interface).collect();
+        told
     }
 
     /// Changes what it may read from disks of the host and write to them.

@@ -19,6 +19,7 @@ use crate::message::SetNetworkRequest;
 
 mod counters;
 mod facts;
+mod ingress;
 pub(crate) mod loopback;
 pub mod netns;
 pub mod pod;
@@ -119,9 +120,18 @@ pub enum NetworkError {
         /// The path.
         path: PathBuf,
     },
-    /// The namespace has a VM, or somebody else redirects its frames.
+    /// The namespace has a VM.
     #[error("the frames of {interface} are redirected already: another VM uses this network namespace")]
     Busy {
+        /// The interface.
+        interface: String,
+    },
+    /// Another program has filters where ours would be.
+    #[error(
+        "{interface} has a queue of another program for what arrives (`tc qdisc show dev {interface}` in the pod's network \
+         namespace), and a VM needs its place: keep that program from this pod, or remove the queue"
+    )]
+    Filtered {
         /// The interface.
         interface: String,
     },

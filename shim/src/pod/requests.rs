@@ -64,10 +64,10 @@ impl Pod {
         Ok(vm.sandbox.update(id, &resources).await?)
     }
 
-    /// What a container uses; of the one that stands for the pod, what the VM uses of the host.
+    /// What a container uses; of the one that stands for the pod, what the VM uses of the host and has sent.
     pub(crate) async fn stats(&self, id: &str) -> Result<Any, TaskError> {
         if self.container(id)?.role == Role::Pause {
-            return metrics::any(&self.vm()?.metrics());
+            return metrics::any(&self.vm()?.metrics().await);
         }
         metrics::any(&metrics::metrics(&self.vm()?.sandbox.stats(id).await?))
     }

@@ -1,7 +1,8 @@
 //! What a CNI plugin has wired into a network namespace: interfaces, addresses, routes and permanent neighbours, read by
 //! netlink.
 
-use std::net::IpAddr;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use futures::TryStreamExt as _;
 use rtnetlink::packet_route::AddressFamily;
@@ -11,10 +12,9 @@ use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, N
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteType,
 };
-use rtnetlink::packet_route::tc::{TcHandle, TcMessage};
 use rtnetlink::{Handle, RouteMessageBuilder};
 
-use super::{MacAddress, NetworkError, tap};
+use super::{MacAddress, NetworkError, ingress, tap};
 use crate::message::{Interface, Neighbour, Route, SetNetworkRequest};
 
 /// An Ethernet interface.
@@ -26,7 +26,39 @@ pub(super) struct Link {
     pub(super) mac: MacAddress,
     pub(super) mtu: u16,
     /// Addresses without the guest's own link-local ones.
-    pub(super) addresses: Vec<(IpAddr, u8)>,
+    pub(super) addresses: Vec<Address>,
+}
+
+/// An address of an interface.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(super) struct Address {
+    pub(super) ip: IpAddr,
+    pub(super) prefix_len: u8,
+    /// Whether there is the route to its network that a kernel makes by itself. CNI's ptp plugin removes it, so that packets to
+    /// that network go by the gateway.
+    pub(super) has_prefix_route: bool,
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.ip, self.prefix_len)
+    }
+}
+
+impl Address {
+    /// Destination of that route.
+    fn network(&self) -> String {
+        let host_len = |len: u32| len.saturating_sub(self.prefix_len.into());
+        let start: IpAddr = match self.ip {
+            IpAddr::V4(ip) => {
+                Ipv4Addr::from_bits(ip.to_bits() & u32::MAX.checked_shl(host_len(32)).unwrap_or(0)).into()
+            }
+            IpAddr::V6(ip) => {
+                Ipv6Addr::from_bits(ip.to_bits() & u128::MAX.checked_shl(host_len(128)).unwrap_or(0)).into()
+            }
+        };
+        format!("{start}/{}", self.prefix_len)
+    }
 }
 
 /// Everything that a guest has to be told.
@@ -41,10 +73,8 @@ pub(super) struct Facts {
 #[derive(Debug, Default)]
 pub(crate) struct Found {
     pub(super) facts: Facts,
-    /// Indices of our TAP interfaces.
-    pub(super) taps: Vec<u32>,
-    /// Indices of interfaces with a queue that redirections hang on.
-    pub(super) redirected: Vec<u32>,
+    /// Indices of two interfaces, where frames that arrive at the first leave through the second.
+    pub(super) redirections: Vec<(u32, u32)>,
 }
 
 /// Every interface of the namespace.
@@ -68,7 +98,6 @@ pub(super) async fn has_ipv6_route(handle: &Handle) -> Result<bool, NetworkError
 impl Found {
     pub(super) async fn read(handle: &Handle) -> Result<Self, NetworkError> {
         let messages = interfaces(handle).await?;
-        let taps = messages.iter().filter(|message| is_tap(message)).map(|message| message.header.index).collect();
         let mut links: Vec<Link> = messages.iter().filter_map(link).collect();
         let addresses: Vec<AddressMessage> = handle
             .address()
@@ -80,8 +109,8 @@ impl Found {
         for link in &mut links {
             link.addresses = addresses.iter().filter_map(|message| address(message, link.index)).collect();
         }
-        let (mut routes, mut neighbours) = (Vec::new(), Vec::new());
-        for family in [RouteMessageBuilder::<std::net::Ipv4Addr>::new().build(), v6_query()] {
+        let (mut routes, mut of_kernel) = (Vec::new(), Vec::new());
+        for family in [RouteMessageBuilder::<Ipv4Addr>::new().build(), v6_query()] {
             let found: Vec<RouteMessage> = handle
                 .route()
                 .get(family)
@@ -89,7 +118,14 @@ impl Found {
                 .try_collect()
                 .await
                 .map_err(NetworkError::netlink("list the routes of the network namespace"))?;
-            routes.extend(found.iter().filter_map(|message| route(message, &links)));
+            for message in &found {
+                let is_of_kernel = message.header.protocol == RouteProtocol::Kernel;
+                let kept = if is_of_kernel { &mut of_kernel } else { &mut routes };
+                kept.extend(route(message, &links));
+            }
+        }
+        for link in &mut links {
+            link.mark_prefix_routes(&of_kernel);
         }
         // A gateway must be reachable before a route goes through it.
         routes.sort_by_key(|route| !route.gateway.is_empty());
@@ -100,17 +136,21 @@ impl Found {
             .try_collect()
             .await
             .map_err(NetworkError::netlink("list the neighbours of the network namespace"))?;
-        neighbours.extend(found.iter().filter_map(|message| neighbour(message, &links)));
-        let queues: Vec<TcMessage> = handle
-            .qdisc()
-            .get()
-            .execute()
-            .try_collect()
-            .await
-            .map_err(NetworkError::netlink("list the queues of the network namespace"))?;
-        let ingress = queues.iter().filter(|queue| queue.header.parent == TcHandle::INGRESS);
-        let redirected = ingress.filter_map(|queue| u32::try_from(queue.header.index).ok()).collect();
-        Ok(Self { facts: Facts { links, routes, neighbours }, taps, redirected })
+        let neighbours = found.iter().filter_map(|message| neighbour(message, &links)).collect();
+        let queues = ingress::read(handle).await?;
+        let redirections = queues.iter().flat_map(|queue| queue.targets().map(|target| (queue.link_index, target)));
+        Ok(Self { redirections: redirections.collect(), facts: Facts { links, routes, neighbours } })
+    }
+}
+
+impl Link {
+    /// The guest's kernel makes the routes that this one has made from addresses, unless told otherwise.
+    fn mark_prefix_routes(&mut self, of_kernel: &[Route]) {
+        for address in &mut self.addresses {
+            let network = address.network();
+            let is_its = |route: &Route| route.interface == self.name && route.destination == network;
+            address.has_prefix_route = of_kernel.iter().any(is_its);
+        }
     }
 }
 
@@ -126,16 +166,17 @@ impl Facts {
 
     /// As the agent is told, which may have been told something else before.
     pub(super) fn request(&self, told: &Self) -> SetNetworkRequest {
-        let text = |(address, len): &(IpAddr, u8)| format!("{address}/{len}");
         let interface = |link: &Link| {
             let before = told.links.iter().find(|before| before.index == link.index);
             let gone = before.into_iter().flat_map(|before| &before.addresses);
+            let unrouted = link.addresses.iter().filter(|address| !address.has_prefix_route);
             Interface {
                 name: link.name.clone(),
                 mac: link.mac.to_string(),
-                addresses: link.addresses.iter().map(text).collect(),
+                addresses: link.addresses.iter().map(Address::to_string).collect(),
                 mtu: link.mtu.into(),
-                gone_addresses: gone.filter(|address| !link.addresses.contains(address)).map(text).collect(),
+                gone_addresses: without(gone, &link.addresses).map(Address::to_string).collect(),
+                noprefixroute: unrouted.map(Address::to_string).collect(),
                 ..Default::default()
             }
         };
@@ -143,15 +184,15 @@ impl Facts {
             interfaces: self.links.iter().map(interface).collect(),
             routes: self.routes.clone(),
             neighbours: self.neighbours.clone(),
-            gone_routes: without(&told.routes, &self.routes),
-            gone_neighbours: without(&told.neighbours, &self.neighbours),
+            gone_routes: without(&told.routes, &self.routes).cloned().collect(),
+            gone_neighbours: without(&told.neighbours, &self.neighbours).cloned().collect(),
             ..Default::default()
         }
     }
 }
 
-fn without<T: Clone + PartialEq>(all: &[T], kept: &[T]) -> Vec<T> {
-    all.iter().filter(|one| !kept.contains(one)).cloned().collect()
+fn without<'a, T: PartialEq>(all: impl IntoIterator<Item = &'a T>, kept: &'a [T]) -> impl Iterator<Item = &'a T> {
+    all.into_iter().filter(|one| !kept.contains(one))
 }
 
 /// Whether we made it.
@@ -162,7 +203,7 @@ pub(super) fn is_tap(message: &LinkMessage) -> bool {
 }
 
 fn v6_query() -> RouteMessage {
-    RouteMessageBuilder::<std::net::Ipv6Addr>::new().build()
+    RouteMessageBuilder::<Ipv6Addr>::new().build()
 }
 
 fn link(message: &LinkMessage) -> Option<Link> {
@@ -184,7 +225,7 @@ fn link(message: &LinkMessage) -> Option<Link> {
     Some(Link { index: message.header.index, name: name?, is_up, mac: mac?, mtu: mtu?, addresses: Vec::new() })
 }
 
-fn address(message: &AddressMessage, link_index: u32) -> Option<(IpAddr, u8)> {
+fn address(message: &AddressMessage, link_index: u32) -> Option<Address> {
     if message.header.index != link_index || message.header.scope == AddressScope::Link {
         return None;
     }
@@ -197,15 +238,15 @@ fn address(message: &AddressMessage, link_index: u32) -> Option<(IpAddr, u8)> {
         _ => None,
     };
     // With a peer, `Address` is the peer's.
-    let found = message.attributes.iter().find_map(own).or_else(|| message.attributes.iter().find_map(any))?;
-    Some((found, message.header.prefix_len))
+    let ip = message.attributes.iter().find_map(own).or_else(|| message.attributes.iter().find_map(any))?;
+    Some(Address { ip, prefix_len: message.header.prefix_len, has_prefix_route: false })
 }
 
 fn route(message: &RouteMessage, links: &[Link]) -> Option<Route> {
     let header = &message.header;
     let main = header.table == RouteHeader::RT_TABLE_MAIN && header.kind == RouteType::Unicast;
-    // The kernel makes its own from the addresses, in the guest as well.
-    if !main || matches!(header.protocol, RouteProtocol::Kernel | RouteProtocol::Ra) {
+    // What a router advertises, the guest hears itself.
+    if !main || header.protocol == RouteProtocol::Ra {
         return None;
     }
     let unspecified = if header.address_family == AddressFamily::Inet { "0.0.0.0" } else { "::" };
@@ -253,4 +294,20 @@ fn neighbour(message: &NeighbourMessage, links: &[Link]) -> Option<Neighbour> {
         }
     }
     (!found.address.is_empty() && !found.mac.is_empty()).then_some(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Address;
+
+    #[test]
+    fn the_route_of_an_address_leads_to_its_network() {
+        let network = |ip: &str, prefix_len| {
+            Address { ip: ip.parse().expect("an address"), prefix_len, has_prefix_route: true }.network()
+        };
+        assert_eq!(network("10.88.129.2", 17), "10.88.128.0/17");
+        assert_eq!(network("10.88.0.2", 32), "10.88.0.2/32");
+        assert_eq!(network("10.88.0.2", 0), "0.0.0.0/0");
+        assert_eq!(network("fd88::2", 64), "fd88::/64");
+    }
 }

@@ -221,7 +221,7 @@ impl Wanted {
 }
 
 fn device(link: &Link, name: String, policy: &Policy) -> NetDevice {
-    let addresses = || link.addresses.iter().map(|(address, _)| *address).collect();
+    let addresses = || link.addresses.iter().map(|address| address.ip).collect();
     NetDevice {
         name,
         mac: link.mac,

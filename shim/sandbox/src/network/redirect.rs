@@ -5,12 +5,12 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use futures::TryStreamExt as _;
-use rtnetlink::packet_route::tc::TcHandle;
+use rtnetlink::packet_route::tc::{TcAttribute, TcHandle};
 use rtnetlink::{Error, Handle, LinkUnspec};
 
 use super::counters::Counters;
 use super::facts::{Found, Link, interfaces, is_tap};
-use super::{NetworkError, netns, tap};
+use super::{NetworkError, ingress, netns, tap};
 
 /// Parent of filters for frames that arrive (linux/pkt_sched.h).
 const INGRESS_PARENT: u32 = 0xffff_0000;
@@ -21,7 +21,7 @@ const EEXIST: i32 = 17;
 /// A joined interface; let go when dropped.
 pub(crate) struct Join {
     namespace: Arc<OwnedFd>,
-    link_index: i32,
+    link_index: u32,
     tap_index: u32,
 }
 
@@ -33,10 +33,9 @@ impl Join {
         link: &Link,
         queue_count: u8,
     ) -> Result<(Self, Vec<OwnedFd>), NetworkError> {
-        let link_index = index(link.index);
-        ingress(handle, link).await?;
+        add_ingress(handle, link).await?;
         // From here on the undo is in place.
-        let mut join = Self { namespace: namespace.clone(), link_index, tap_index: 0 };
+        let mut join = Self { namespace: namespace.clone(), link_index: link.index, tap_index: 0 };
         let (tap_name, fds) =
             tap::create(queue_count).map_err(NetworkError::host(format!("make a TAP interface for {}", link.name)))?;
         let tap_index = find(handle, &tap_name).await?;
@@ -62,13 +61,13 @@ impl Join {
     #[cfg(test)]
     pub(super) fn assumed(link_index: u32, tap_index: u32) -> Self {
         let namespace = std::fs::File::open("/dev/null").expect("it is always there");
-        Self { namespace: Arc::new(namespace.into()), link_index: index(link_index), tap_index }
+        Self { namespace: Arc::new(namespace.into()), link_index, tap_index }
     }
 
     /// Whether nobody has taken it apart.
     pub(super) fn is_intact(&self, found: &Found) -> bool {
-        let is_redirected = |index: &u32| i32::try_from(*index) == Ok(self.link_index);
-        found.taps.contains(&self.tap_index) && found.redirected.iter().any(is_redirected)
+        let has = |from, to| found.redirections.contains(&(from, to));
+        has(self.link_index, self.tap_index) && has(self.tap_index, self.link_index)
     }
 }
 
@@ -85,29 +84,31 @@ impl Drop for Join {
     }
 }
 
-/// Adds the queue that filters hang on. One that a killed owner left is replaced.
-async fn ingress(handle: &Handle, link: &Link) -> Result<(), NetworkError> {
+/// Adds the queue that filters hang on. One that a killed owner left is replaced; there is room for one only.
+async fn add_ingress(handle: &Handle, link: &Link) -> Result<(), NetworkError> {
     let add = || handle.qdisc().add(index(link.index)).ingress().execute();
     let failed = || NetworkError::netlink(format!("add an ingress queue to {}", link.name));
     match add().await {
         Err(Error::NetlinkError(error)) if error.raw_code() == -EEXIST => {}
         done => return done.map_err(failed()),
     }
-    if in_use(handle).await? {
-        return Err(NetworkError::Busy { interface: link.name.clone() });
+    let queues = ingress::read(handle).await?;
+    if let Some(queue) = queues.iter().find(|queue| queue.link_index == link.index && !queue.is_left_behind()) {
+        // A TAP interface lives as long as its VM.
+        let links = interfaces(handle).await?;
+        let leads_to_vm = queue.targets().any(|to| links.iter().any(|link| link.header.index == to && is_tap(link)));
+        let interface = link.name.clone();
+        return Err(if leads_to_vm { NetworkError::Busy { interface } } else { NetworkError::Filtered { interface } });
     }
-    remove_ingress(handle, index(link.index)).await.map_err(failed())?;
+    remove_ingress(handle, link.index).await.map_err(failed())?;
     add().await.map_err(failed())
 }
 
-/// A TAP interface lives as long as its VM.
-async fn in_use(handle: &Handle) -> Result<bool, NetworkError> {
-    Ok(interfaces(handle).await?.iter().any(is_tap))
-}
-
-async fn remove_ingress(handle: &Handle, link_index: i32) -> Result<(), Error> {
-    let mut request = handle.qdisc().del(link_index);
+async fn remove_ingress(handle: &Handle, link_index: u32) -> Result<(), Error> {
+    let mut request = handle.qdisc().del(index(link_index));
     request.message_mut().header.parent = TcHandle::INGRESS;
+    // Otherwise the kernel removes a `clsact` that somebody has put in its place.
+    request.message_mut().attributes.push(TcAttribute::Kind(ingress::KIND.to_owned()));
     request.execute().await
 }
 

@@ -1,13 +1,17 @@
 //! What a look at a namespace asks for, without a kernel.
 
+use super::super::facts::Address;
 use super::*;
 use crate::message::Route;
 use crate::network::MacAddress;
 
+fn address(text: &str) -> Address {
+    Address { ip: text.parse().expect("an address"), prefix_len: 24, has_prefix_route: true }
+}
+
 fn link(index: u32, name: &str) -> Link {
     let mac = MacAddress([2, 0, 0, 0, 0, u8::try_from(index).expect("small")]);
-    let addresses = vec![("10.0.0.2".parse().expect("an address"), 24)];
-    Link { index, name: name.to_owned(), is_up: true, mac, mtu: 1500, addresses }
+    Link { index, name: name.to_owned(), is_up: true, mac, mtu: 1500, addresses: vec![address("10.0.0.2")] }
 }
 
 fn route(interface: &str) -> Route {
@@ -17,7 +21,7 @@ fn route(interface: &str) -> Route {
 
 fn found(links: Vec<Link>, routes: Vec<Route>) -> Found {
     let facts = Facts { links, routes, ..Default::default() };
-    Found { facts, taps: vec![90], redirected: vec![1, 2, 3] }
+    Found { facts, redirections: [1, 2, 3].map(|index| [(index, 90), (90, index)]).concat() }
 }
 
 /// A pod that has what was found, by TAP interfaces that are all there.
@@ -53,22 +57,22 @@ fn what_comes_is_new_and_what_goes_is_gone() {
 }
 
 #[test]
-fn another_mtu_or_a_lost_tap_makes_an_interface_anew() {
+fn another_mtu_or_a_lost_redirection_makes_an_interface_anew() {
     let seen = found(vec![link(1, "eth0")], vec![]);
     let pod = pod(false, &seen);
     let jumbo = Link { mtu: 9000, ..link(1, "eth0") };
     let change = pod.change(&found(vec![jumbo.clone()], vec![]));
     assert_eq!((change.gone, change.new), (vec![0], vec![jumbo]));
-    let without_tap = Found { taps: vec![], ..found(vec![link(1, "eth0")], vec![]) };
-    assert_eq!(pod.change(&without_tap).gone, [0]);
-    let without_queue = Found { redirected: vec![2], ..found(vec![link(1, "eth0")], vec![]) };
-    assert_eq!(pod.change(&without_queue).gone, [0]);
+    for left in [vec![(1, 0)], vec![(1, 90)], vec![(90, 1)], vec![(2, 90), (90, 2)]] {
+        let seen = Found { redirections: left, ..found(vec![link(1, "eth0")], vec![]) };
+        assert_eq!(pod.change(&seen).gone, [0], "{seen:?}");
+    }
 }
 
 #[test]
 fn new_addresses_are_told_and_checked_ones_make_an_interface_anew() {
     let seen = found(vec![link(1, "eth0")], vec![]);
-    let moved = Link { addresses: vec![("10.0.0.3".parse().expect("an address"), 24)], ..link(1, "eth0") };
+    let moved = Link { addresses: vec![address("10.0.0.3")], ..link(1, "eth0") };
     let moved = found(vec![moved], vec![]);
     let checked = pod(true, &seen);
     assert_eq!(checked.change(&moved).gone, [0]);
@@ -77,6 +81,20 @@ fn new_addresses_are_told_and_checked_ones_make_an_interface_anew() {
     let news = free.news(&moved).expect("news");
     assert_eq!(news.interfaces[0].addresses, ["10.0.0.3/24"]);
     assert_eq!(news.interfaces[0].gone_addresses, ["10.0.0.2/24"]);
+}
+
+#[test]
+fn an_address_without_its_route_is_set_anew_without() {
+    let pod = pod(true, &found(vec![link(1, "eth0")], vec![]));
+    let unrouted = Address { has_prefix_route: false, ..address("10.0.0.2") };
+    let seen = found(vec![Link { addresses: vec![unrouted], ..link(1, "eth0") }], vec![]);
+    assert!(pod.change(&seen).gone.is_empty());
+    let news = pod.news(&seen).expect("news").interfaces.remove(0);
+    let address = ["10.0.0.2/24".to_owned()];
+    assert_eq!(
+        (news.gone_addresses, news.addresses, news.noprefixroute),
+        (address.to_vec(), address.to_vec(), address.to_vec())
+    );
 }
 
 #[test]
