@@ -335,7 +335,8 @@ fn a_running_vm_makes_no_system_call_that_is_not_listed() {
     for (thread, calls) in &traced {
         // What has come since was started by the thread `devices`, whose list has all that others of its threads may do.
         let kind = kinds.get(thread).map_or(ThreadKind::Devices, |(kind, _)| *kind);
-        let unlisted: Vec<_> = calls.difference(&listed(kind)).collect();
+        let listed = listed(kind);
+        let unlisted: Vec<_> = calls.difference(&listed).collect();
         assert!(unlisted.is_empty(), "{kind:?}: {unlisted:?}");
     }
     let seen = |kind, call: &str| {
