@@ -42,7 +42,7 @@ pub(crate) fn metrics(stats: &StatsReply) -> Metrics {
     }
 }
 
-/// Of an interface of a VM. containerd reads it from 2.1 on.
+/// Of an interface of a VM. Older containerds leave it out.
 pub(crate) fn interface(stats: NetStats) -> NetworkStat {
     NetworkStat {
         name: stats.name,
