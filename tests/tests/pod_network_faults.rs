@@ -83,7 +83,7 @@ link set net0 up");
         () = pod.0.follow_network() => panic!("the VM lives"),
     }
     // The interface ends with the namespace, which the pod is the last to hold.
-    drop(attachment);
+    attachment.remove();
     netns.remove();
     assert_eq!(pod.run("namespace-removed", "echo on", |_| {}).await, (0, "on\n".to_owned()));
     pod.0.stop().await;
