@@ -39,6 +39,15 @@ pub const SANDBOX_READY: i32 = 0;
 /// SANDBOX_NOTREADY.
 pub const SANDBOX_NOTREADY: i32 = 1;
 
+/// A script that says that it runs, and does until it is told to end.
+pub const WAIT: &str = "echo up; trap 'exit 0' TERM; while true; do sleep 0.2; done";
+
+/// The handler of the stories' runtime.
+#[must_use]
+pub fn handler() -> &'static str {
+    if Containerd::runtime() == "io.containerd.runc.v2" { "runc" } else { "vm" }
+}
+
 /// A connection to the CRI plugin; clones share it.
 #[derive(Clone)]
 pub struct Cri {

@@ -18,12 +18,15 @@ pub mod containerd;
 pub mod cri;
 pub mod dns;
 pub mod docker;
+pub mod echo;
 pub mod escape;
 pub mod guest;
 pub mod image;
+pub mod iperf;
 pub mod lan;
 pub mod liar;
 pub mod mounted;
+pub mod pair;
 pub mod pod;
 pub mod python;
 pub mod registry;
@@ -326,6 +329,32 @@ pub fn becomes_true(deadline: Duration, mut condition: impl FnMut() -> bool) -> 
         std::thread::sleep(PAUSE);
     }
     true
+}
+
+/// Waits until nothing is left; what is at the deadline is in the message.
+pub(crate) fn assert_nothing(what: &str, mut left: impl FnMut() -> Vec<String>) {
+    /// Longest time for what ends by itself after its owner.
+    const DEADLINE: Duration = Duration::from_secs(10);
+    let mut last = Vec::new();
+    let is_empty = becomes_true(DEADLINE, || {
+        last = left();
+        last.is_empty()
+    });
+    assert!(is_empty, "{what} left behind: {last:#?}");
+}
+
+/// What the descriptors of a process lead to, sorted. `process` is an entry of /proc.
+///
+/// # Panics
+/// When there is no such process.
+#[must_use]
+pub fn descriptors(process: &str) -> Vec<String> {
+    let fds = fs::read_dir(format!("/proc/{process}/fd")).expect("it runs").flatten();
+    // That of the folder is closed by the time.
+    let targets = fds.filter_map(|fd| fs::read_link(fd.path()).ok());
+    let mut targets: Vec<String> = targets.map(|target| target.display().to_string()).collect();
+    targets.sort();
+    targets
 }
 
 /// A `vmrun run` in the background; killed when dropped.

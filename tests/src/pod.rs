@@ -1,10 +1,12 @@
 //! A VM whose containers a story makes itself, through the host library: for what the command line does not reach.
 
+use std::fs;
 use std::time::Duration;
 
 use oci_spec::runtime::Spec;
 use sandbox::artifacts::Artifacts;
-use sandbox::network::Network;
+use sandbox::network::pod::{PodOptions, attach};
+use sandbox::network::{Network, Policy};
 use sandbox::plan::{ROOTFS_TAG, VmSize, guest_rootfs};
 use sandbox::share::{Rootfs, Share, rootfs_tree};
 use sandbox::{BootRequest, CachePolicy, CallError, ProcessId, ProcessStreams, Sandbox, WantedStreams};
@@ -12,6 +14,7 @@ use serde_json::{Value, json};
 use tokio::io::AsyncReadExt as _;
 
 use crate::Story;
+use crate::lan::Netns;
 
 /// Generous: an emulated host takes seconds.
 const BOOT_DEADLINE: Duration = Duration::from_secs(120);
@@ -92,6 +95,43 @@ impl Pod {
         let exit = self.0.wait(&ProcessId::init(id)).await.expect("waited");
         self.0.delete(&ProcessId::init(id), false).await.expect("deleted");
         (exit.exit_code, output)
+    }
+
+    /// Names of the threads of its VMM; some kernels count vhost's among them.
+    ///
+    /// # Panics
+    /// When it has ended.
+    #[must_use]
+    pub fn threads(&self) -> Vec<String> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.0.vmm_pid())).expect("the VMM runs");
+        tasks.map(|task| fs::read_to_string(task.expect("a thread").path().join("comm")).expect("a name")).collect()
+    }
+
+    /// Whether a thread of its VMM has a name that begins so.
+    #[must_use]
+    pub fn has_thread(&self, name: &str) -> bool {
+        self.threads().iter().any(|thread| thread.starts_with(name))
+    }
+}
+
+/// The network of a namespace with two pairs of queues, of which a guest with one CPU uses one.
+///
+/// # Panics
+/// When the namespace is not joined.
+#[must_use]
+pub fn network(netns: &Netns, policy: Policy) -> Network {
+    let options = PodOptions { queue_pairs: 2, resolv_conf: "nameserver 10.88.0.1\n".to_owned(), policy };
+    attach(&netns.path(), &options).expect("the namespace is joined")
+}
+
+/// Changes a spec so that a container may ping, set the network up and listen at any port.
+///
+/// # Panics
+/// When it has no capabilities.
+pub fn net_capabilities(spec: &mut Value) {
+    for set in ["bounding", "effective", "permitted"] {
+        let set = spec["process"]["capabilities"][set].as_array_mut().expect("a set");
+        set.extend(["CAP_NET_RAW", "CAP_NET_ADMIN", "CAP_NET_BIND_SERVICE"].map(Value::from));
     }
 }
 

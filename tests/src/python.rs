@@ -33,9 +33,18 @@ impl Python {
     /// When it does not.
     #[must_use]
     pub fn start(story: &Story, options: &[&str]) -> Self {
+        Self::of(Self::command(story, options))
+    }
+
+    /// `vmrun run OPTIONS` with Python in the Debian image.
+    ///
+    /// # Panics
+    /// When the image cannot be made.
+    #[must_use]
+    pub fn command(story: &Story, options: &[&str]) -> Command {
         let image = debian_image();
         let arguments = [&["run", "--rm", "-i"], options, &[&image, "python3", "-c", SERVER]].concat();
-        Self::of(story.vmrun(&arguments))
+        story.vmrun(&arguments)
     }
 
     /// As [`Self::start`], from a command that runs it.

@@ -6,10 +6,12 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::Duration;
 
-use k8s_cri::v1::{LinuxContainerResources, MountPropagation, NamespaceMode, PortMapping, Protocol};
+use k8s_cri::v1::{LinuxContainerResources, MountPropagation, NamespaceMode};
 use rustix::process::Signal;
 use tests::containerd::{Check, Containerd, Release, share_of, tell, tell_share};
-use tests::cri::{CONTAINER_RUNNING, ConfigVolume, Cri, Pod, SANDBOX_READY, container, holds_a_guest, mount};
+use tests::cri::{
+    CONTAINER_RUNNING, ConfigVolume, Cri, Pod, SANDBOX_READY, WAIT, container, handler, holds_a_guest, mount,
+};
 use tests::{becomes_true, checks, eventually, outcome};
 
 const CHECKS: &[Check] = checks![
@@ -20,8 +22,6 @@ const CHECKS: &[Check] = checks![
     a_swap_of_a_volume_is_told_to_who_watches_it_and_a_socket_leads_to_the_host,
     out_of_memory_is_the_reason_that_the_status_gives,
     ten_containers_of_a_pod_are_one_vm,
-    pods_have_the_network_of_cni,
-    a_pod_in_the_network_of_the_host_is_refused_by_name,
     mounts_of_the_host_come_to_a_container_that_asks_for_them,
 ];
 
@@ -53,8 +53,6 @@ peer = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0)
 peer.connect("/run/host.sock")
 print(peer.recv(100, _socket.MSG_WAITALL).decode(), end="")'
 "#;
-const CURL: &str = "curl --silent --show-error --globoff --max-time 60";
-const WAIT: &str = "echo up; trap 'exit 0' TERM; while true; do sleep 0.2; done";
 
 /// What depends most on the release.
 const SHORT_CHECKS: &[Check] = checks![volumes_in_memory_are_memory_of_the_guest];
@@ -73,11 +71,6 @@ fn trixie() {
 fn sid() {
     let of_sandboxes = share_of(Release::Sid, SANDBOX_CHECKS, &SANDBOX_CHECKS[..1]);
     tell(Release::Sid, &[share_of(Release::Sid, CHECKS, SHORT_CHECKS), of_sandboxes].concat());
-}
-
-/// The handler of the stories' runtime.
-fn handler() -> &'static str {
-    if Containerd::runtime() == "io.containerd.runc.v2" { "runc" } else { "vm" }
 }
 
 async fn assert_pod_runs(cri: &mut Cri, pod: &Pod) {
@@ -374,67 +367,6 @@ fn ten_containers_of_a_pod_are_one_vm(containerd: &mut Containerd) {
         }
         assert_eq!(containerd.processes("vmm").len(), 1);
         cri.remove_pod(&pod).await.expect("removed");
-    });
-}
-
-fn has_open(pid: u32, path: &str) -> bool {
-    let fds = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-    fds.filter_map(|fd| fs::read_link(fd.path()).ok()).any(|target| target == Path::new(path))
-}
-
-fn pods_have_the_network_of_cni(containerd: &mut Containerd) {
-    let in_room = |script: &str| outcome(containerd.command("sh", &["-c", script]));
-    containerd.block_on(async {
-        let mut cri = Cri::connect(containerd).await;
-        let mut config = cri.pod_config("server");
-        let protocol = Protocol::Tcp.into();
-        config.port_mappings =
-            vec![PortMapping { protocol, container_port: 80, host_port: 8080, ..Default::default() }];
-        let server = cri.run_pod(config, handler()).await.expect("a pod");
-        let network = cri.pod_status(&server).await.network.expect("a network");
-        let (v4, v6) = (network.ip, network.additional_ips[0].ip.clone());
-        let page = "mkdir /www; echo page of the pod >/www/index.html; echo up; exec httpd -f -p 80 -h /www";
-        let web = cri.start(&server, container("web", page)).await.expect("started");
-        server.log_shows("web", "up");
-        let own = cri.shell(&web, "ip addr show eth0; ip route").await;
-        assert!(own.contains(&format!("inet {v4}/16")) && own.contains(&format!("inet6 {v6}/64")), "{own}");
-        assert!(own.contains("default via 10.88.0.1 dev eth0"), "{own}");
-        // One of the two by the host's kernel.
-        let drop_ins = containerd.path("etc-vmrun/config.d");
-        fs::create_dir(&drop_ins).expect("a folder");
-        fs::write(drop_ins.join("vhost.toml"), "[network]\nvhost = true\n").expect("a drop-in");
-        let client = cri.run_pod(cri.pod_config("client"), handler()).await.expect("a pod");
-        fs::remove_dir_all(drop_ins).expect("removed");
-        let by_kernel = containerd.processes("vmm").into_iter().filter(|pid| has_open(*pid, "/dev/vhost-net")).count();
-        assert_eq!(by_kernel, usize::from(handler() == "vm"), "VMMs with vhost-net");
-        let looker = cri.start(&client, container("looker", WAIT)).await.expect("started");
-        for address in [v4.clone(), format!("[{v6}]")] {
-            assert_eq!(in_room(&format!("{CURL} http://{address}/")).success(), "page of the pod\n");
-            let fetched = cri.shell(&looker, &format!("wget -q -O - http://{address}/")).await;
-            assert_eq!(fetched, "page of the pod\n");
-        }
-        // The port of the room, by the plugin `portmap`.
-        assert_eq!(in_room(&format!("{CURL} http://10.88.0.1:8080/")).success(), "page of the pod\n");
-        let mut forwarded = cri.forward(containerd, &server, 80).await;
-        forwarded.send(0, b"GET / HTTP/1.0\r\n\r\n");
-        let answer = forwarded.receive_until(0, "page of the pod\n");
-        assert!(answer.starts_with("HTTP/1.1 200 OK") && answer.ends_with("page of the pod\n"), "{answer}");
-        assert_eq!(cri.forward(containerd, &server, 81).await.receive_until(0, "anything"), "");
-        cri.remove_pod(&client).await.expect("removed");
-        cri.remove_pod(&server).await.expect("removed");
-    });
-    assert_eq!(in_room("ip netns list; iptables-save | grep 8080; true").success(), "");
-}
-
-fn a_pod_in_the_network_of_the_host_is_refused_by_name(containerd: &mut Containerd) {
-    containerd.block_on(async {
-        let mut cri = Cri::connect(containerd).await;
-        let mut config = cri.pod_config("story-pod");
-        let security = config.linux.as_mut().expect("linux").security_context.as_mut().expect("security context");
-        security.namespace_options.as_mut().expect("namespaces").network = NamespaceMode::Node.into();
-        let refused = cri.run_pod(config, handler()).await.map(drop).expect_err("refused");
-        assert!(refused.message().contains("hostNetwork"), "{refused}");
-        assert_eq!(cri.pod_count().await.expect("listed"), 0);
     });
 }
 

@@ -7,9 +7,8 @@ use std::time::{Duration, Instant};
 use sandbox::ProcessId;
 use sandbox::network::pod::{PodOptions, attach};
 use sandbox::network::{NetStats, Policy, RateLimit};
-use serde_json::{Value, json};
 use tests::lan::{Attachment, Lan, Netns, bridge, ip};
-use tests::pod::{Pod, SMALL};
+use tests::pod::{Pod, SMALL, net_capabilities};
 use tests::{Story, eventually};
 use tokio::net::TcpListener;
 use tokio::time::timeout;
@@ -27,17 +26,10 @@ async fn boot(story: &Story, netns: &Netns) -> Pod {
     Pod::boot_with(story, SMALL, attach(&netns.path(), &options).expect("the namespace is joined")).await
 }
 
-/// What `ping` needs.
-fn net_raw(spec: &mut Value) {
-    for set in ["bounding", "effective", "permitted"] {
-        spec["process"]["capabilities"][set].as_array_mut().expect("a set").push(json!("CAP_NET_RAW"));
-    }
-}
-
 /// What the guest says to a ping, over and over, until it has an answer.
 async fn answers(pod: &Pod, id: &str) {
     let script = "for i in $(seq 60); do ping -c 1 -W 1 10.88.0.1 && exit; sleep 0.2; done; ip addr; ip route; exit 1";
-    let (code, output) = pod.run(id, script, net_raw).await;
+    let (code, output) = pod.run(id, script, net_capabilities).await;
     assert_eq!(code, 0, "{output}");
 }
 
@@ -65,7 +57,7 @@ link set eth0 name net0
 link set net0 up");
         answers(&pod, "renamed").await;
         let script = "for i in $(seq 300); do ip link show net0 && break; sleep 0.2; done; ping -c 1 -W 1 203.0.113.1";
-        let (code, output) = pod.run("no-route", script, net_raw).await;
+        let (code, output) = pod.run("no-route", script, net_capabilities).await;
         assert!(code != 0 && output.contains("Network is unreachable"), "{output}");
         let twin = lan.netns();
         ip(&format!("link add twin master cni0 type veth peer name eth0 netns {}", twin.name()));
@@ -83,7 +75,7 @@ link set net0 up");
         () = pod.0.follow_network() => panic!("the VM lives"),
     }
     // The interface ends with the namespace, which the pod is the last to hold.
-    drop(attachment);
+    attachment.remove();
     netns.remove();
     assert_eq!(pod.run("namespace-removed", "echo on", |_| {}).await, (0, "on\n".to_owned()));
     pod.0.stop().await;

@@ -2,13 +2,10 @@
 
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
 
 use super::Containerd;
 use super::room::{Room, program};
-
-/// Longest time for what ends by itself after a container was deleted.
-const DEADLINE: Duration = Duration::from_secs(10);
+use crate::assert_nothing;
 
 /// Programs that stay: containerd and what the room or a story runs.
 const STAYING: [&str; 5] = ["containerd", "ctr", "timeout", "nsenter", "dash"];
@@ -30,16 +27,6 @@ pub(super) fn assert_idle(containerd: &Containerd, room: &Room) {
 /// Asserts that nothing runs in the room once containerd has stopped.
 pub(super) fn assert_gone(room: &Room) {
     assert_nothing("processes", || room.processes().into_iter().map(describe).collect());
-}
-
-/// Waits until there is none; what is left at the deadline is in the message.
-fn assert_nothing(what: &str, mut left: impl FnMut() -> Vec<String>) {
-    let mut last = Vec::new();
-    let is_empty = crate::becomes_true(DEADLINE, || {
-        last = left();
-        last.is_empty()
-    });
-    assert!(is_empty, "{what} left behind: {last:#?}");
 }
 
 fn processes(room: &Room) -> Vec<String> {
