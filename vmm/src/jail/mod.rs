@@ -57,13 +57,6 @@ impl Jail {
             panic!("cannot confine a thread: {error}");
         }
     }
-
-    /// The same, but one kind of threads keeps the system calls that it inherits.
-    #[cfg(feature = "leave-out-a-filter")]
-    #[must_use]
-    pub fn without(&self, kind: ThreadKind) -> Self {
-        Self { filters: self.filters.as_ref().map(|filters| Arc::new(filters.without(kind))) }
-    }
 }
 
 /// Gives up everything but the open descriptors. The process must have one thread.

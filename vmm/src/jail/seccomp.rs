@@ -291,22 +291,8 @@ impl Filters {
 
     /// Confines the calling thread, and all that it starts.
     pub(super) fn apply(&self, kind: ThreadKind) -> io::Result<()> {
-        match self.0.get(&kind) {
-            Some(program) => apply_filter(program).map_err(io::Error::other),
-            None if cfg!(feature = "leave-out-a-filter") => Ok(()),
-            None => Err(io::ErrorKind::NotFound.into()),
-        }
-    }
-
-    #[cfg(feature = "leave-out-a-filter")]
-    pub(super) fn without(&self, kind: ThreadKind) -> Self {
-        Self(
-            self.0
-                .iter()
-                .filter(|(other, _)| **other != kind)
-                .map(|(kind, program)| (*kind, program.clone()))
-                .collect(),
-        )
+        let program = self.0.get(&kind).ok_or(io::ErrorKind::NotFound)?;
+        apply_filter(program).map_err(io::Error::other)
     }
 }
 
