@@ -81,7 +81,10 @@ fn af_vsock_is_the_agents_alone_whatever_a_profile_allows() {
         let mut python = Python::start(&story, options);
         assert_eq!(python.exec(LIBC), "None");
         // The kernel reads 32 bits of the family, a filter the whole register.
-        ["socket.socket(40, socket.SOCK_STREAM)", "call(41, 1 << 32 | 40, 1, 0)"].map(|line| python.eval(line))
+        let seen =
+            ["socket.socket(40, socket.SOCK_STREAM)", "call(41, 1 << 32 | 40, 1, 0)"].map(|line| python.eval(line));
+        assert_eq!(python.end(), 0);
+        seen
     };
     let closed = ["EPERM", "(-1, 'EPERM')"];
     assert_eq!(tried(&["--security-opt", &format!("seccomp={}", profile.display())]), closed);
@@ -100,6 +103,7 @@ fn clone_makes_no_namespace_by_dockers_profile() {
     let made =
         python.eval("(lambda made: os._exit(0) if made[0] == 0 else made)(call(56, 0x10000000 | 17, 0, 0, 0, 0))");
     assert_eq!(made, "(-1, 'EPERM')");
+    assert_eq!(python.end(), 0);
 }
 
 #[test]
