@@ -93,6 +93,12 @@ impl Story {
         self.dir.path().join("volume")
     }
 
+    /// The argument of `-v` by which that folder is `/mnt` of a container.
+    #[must_use]
+    pub fn volume_at_mnt(&self) -> String {
+        format!("{}:/mnt", self.volume().display())
+    }
+
     /// The root file system.
     #[must_use]
     pub fn rootfs(&self) -> PathBuf {

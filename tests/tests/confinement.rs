@@ -270,8 +270,7 @@ fn a_running_vm_makes_no_system_call_that_is_not_listed() {
     let lan = Lan::enter();
     let outside = lan.outside();
     let listener = outside.inside(|| TcpListener::bind("192.0.2.1:80")).expect("bound");
-    let volume = format!("{}:/mnt", story.volume().display());
-    let mut python = Python::start(&story, &["--name", "traced", "--network", "user", "-v", &volume]);
+    let mut python = Python::start(&story, &["--name", "traced", "--network", "user", "-v", &story.volume_at_mnt()]);
     let vmm = vmm_of(&story, "traced");
     let expected = [&OF_A_POD[..], &[ThreadKind::Net]].concat();
     assert_eq!(vmm.filtered(), all(&expected));

@@ -77,7 +77,7 @@ fn what_a_container_writes_to_its_root_stays_out_of_the_image() {
 #[test]
 fn a_volume_is_written_through() {
     let story = Story::new();
-    let volume = format!("{}:/mnt", story.volume().display());
+    let volume = story.volume_at_mnt();
     let ran =
         story.run(&["-v", &volume], &["sh", "-c", "echo data > /mnt/a; mv /mnt/a /mnt/b; ln -s b /mnt/c; cat /mnt/c"]);
     assert_eq!(ran.success(), "data\n");

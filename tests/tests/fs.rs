@@ -11,14 +11,10 @@ use tests::Story;
 use tests::mounted::{Mounted, run};
 use tests::python::Python;
 
-fn volume(story: &Story) -> String {
-    format!("{}:/mnt", story.volume().display())
-}
-
 #[test]
 fn names_links_and_special_files_behave_as_on_a_local_file_system() {
     let story = Story::new();
-    let mut guest = Python::start(&story, &["-v", &volume(&story)]);
+    let mut guest = Python::start(&story, &["-v", &story.volume_at_mnt()]);
     guest.exec("os.chdir('/mnt'); open('a', 'w').write('one'); open('b', 'w').write('two')");
     assert_eq!(guest.exec("os.rename('a', 'b')"), "None");
     assert_eq!(guest.eval("open('b').read(), os.path.exists('a')"), "('one', False)");
@@ -58,7 +54,7 @@ fn a_link_out_of_a_volume_is_the_guests_to_follow_and_special_files_of_the_host_
     let device = story.volume().join("kmsg");
     run("mknod", &[&device.display().to_string(), "c", "1", "11"]);
     run("mkfifo", &[&story.volume().join("fifo").display().to_string()]);
-    let mut guest = Python::start(&story, &["-v", &volume(&story)]);
+    let mut guest = Python::start(&story, &["-v", &story.volume_at_mnt()]);
     assert_eq!(guest.exec("open('/mnt/up')"), "ENOENT");
     assert_eq!(guest.exec("open('/mnt/absolute')"), "ENOENT");
     // The guest's own kernel decides what a device number or a FIFO is; the host never opens either.
@@ -70,7 +66,7 @@ fn a_link_out_of_a_volume_is_the_guests_to_follow_and_special_files_of_the_host_
 #[test]
 fn data_calls_behave_as_on_a_local_file_system() {
     let story = Story::new();
-    let mut guest = Python::start(&story, &["-v", &volume(&story)]);
+    let mut guest = Python::start(&story, &["-v", &story.volume_at_mnt()]);
     guest.exec("os.chdir('/mnt'); fd = os.open('sparse', os.O_RDWR | os.O_CREAT)");
     guest.exec("os.ftruncate(fd, 1 << 20); os.pwrite(fd, b'x', 512 << 10)");
     assert_eq!(guest.eval("os.lseek(fd, 0, os.SEEK_DATA), os.lseek(fd, 512 << 10, os.SEEK_HOLE)"), "(524288, 528384)");
@@ -113,7 +109,7 @@ print "$file|", unpack("P15", pack("Q", $at)), "\n";
 fn a_shared_mapping_and_the_file_are_one_whatever_the_cache() {
     let story = Story::new();
     let image = tests::python::debian_image();
-    let ran = tests::outcome(story.vmrun(&["run", "--rm", "-v", &volume(&story), &image, "perl", "-e", MAPPED]));
+    let ran = tests::outcome(story.vmrun(&["run", "--rm", "-v", &story.volume_at_mnt(), &image, "perl", "-e", MAPPED]));
     assert_eq!(ran.success(), "through the map|WRITEgh the map\n");
     let mapped = fs::read_to_string(story.volume().join("mapped")).expect("file");
     assert!(mapped.starts_with("WRITEgh the map"));
@@ -125,7 +121,7 @@ fn a_shared_mapping_and_the_file_are_one_whatever_the_cache() {
 #[test]
 fn locks_exclude_processes_of_the_guest() {
     let story = Story::new();
-    let mut guest = Python::start(&story, &["-v", &volume(&story)]);
+    let mut guest = Python::start(&story, &["-v", &story.volume_at_mnt()]);
     let script = "import fcntl\nf = open('/mnt/lock', 'w')\n\
         def other(lock):\n  pid = os.fork()\n  if pid: return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])\n  \
         try: lock(open('/mnt/lock', 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB); os._exit(0)\n  \
@@ -142,7 +138,7 @@ fn locks_exclude_processes_of_the_guest() {
 fn owners_modes_and_the_umask_are_the_guests() {
     let story = Story::new();
     fs::set_permissions(story.volume(), fs::Permissions::from_mode(0o777)).expect("mode");
-    let mut guest = Python::start(&story, &["-v", &volume(&story)]);
+    let mut guest = Python::start(&story, &["-v", &story.volume_at_mnt()]);
     guest.exec(
         "os.chdir('/mnt'); os.umask(0o027); open('root', 'w').write('r'); os.mkdir('set'); os.chown('set', 0, 77)",
     );
@@ -178,7 +174,7 @@ fn ten_thousand_entries_are_listed_whole_although_few_descriptors_are_allowed_at
     let script = "import os\nos.mkdir('/mnt/guest')\nfor i in range(1000): os.close(os.open(f'/mnt/guest/{i}', os.O_CREAT))\n\
         for d in ('host', 'guest'):\n  with os.scandir('/mnt/' + d) as found: sizes = [e.stat().st_size for e in found]\n  \
         print(len(sizes), sum(sizes), len(set(os.listdir('/mnt/' + d))))";
-    let vmrun = story.vmrun(&["run", "--rm", "-v", &volume(&story), &image, "python3", "-c", script]);
+    let vmrun = story.vmrun(&["run", "--rm", "-v", &story.volume_at_mnt(), &image, "python3", "-c", script]);
     let mut limited = Command::new("prlimit");
     limited.arg("--nofile=256:").arg("--").arg(vmrun.get_program()).args(vmrun.get_args());
     assert_eq!(tests::outcome(limited).success(), "10000 0 10000\n1000 0 1000\n");
@@ -189,7 +185,7 @@ fn ten_thousand_entries_are_listed_whole_although_few_descriptors_are_allowed_at
 fn extended_attributes_reach_a_volume() {
     let story = Story::new();
     let _volume = Mounted::ext4(&story.volume());
-    let mut guest = Python::start(&story, &["-v", &volume(&story), "--cap-add", "SYS_ADMIN"]);
+    let mut guest = Python::start(&story, &["-v", &story.volume_at_mnt(), "--cap-add", "SYS_ADMIN"]);
     guest.exec("os.chdir('/mnt'); open('a', 'w'); os.setxattr('a', 'user.colour', b'blue')");
     assert_eq!(guest.eval("os.getxattr('a', 'user.colour'), os.listxattr('a')"), "(b'blue', ['user.colour'])");
     assert_eq!(guest.exec("os.setxattr('a', 'user.colour', b'x', os.XATTR_CREATE)"), "EEXIST");
@@ -227,7 +223,7 @@ fn the_root_file_system_has_capabilities_and_access_control_lists() {
 fn a_full_volume_is_an_error_of_the_write_and_works_again_when_there_is_room() {
     let story = Story::new();
     let _volume = Mounted::tmpfs(&story.volume(), "size=1m,nr_inodes=20");
-    let mut guest = Python::start(&story, &["-v", &volume(&story)]);
+    let mut guest = Python::start(&story, &["-v", &story.volume_at_mnt()]);
     guest.exec("os.chdir('/mnt'); fd = os.open('a', os.O_RDWR | os.O_CREAT)");
     assert_eq!(guest.eval("os.write(fd, b'x' * (512 << 10))"), "524288");
     assert_eq!(guest.exec("while True: os.write(fd, b'x' * 4096)"), "ENOSPC");
@@ -243,7 +239,7 @@ fn a_full_volume_is_an_error_of_the_write_and_works_again_when_there_is_room() {
 fn what_the_host_changes_is_seen_at_the_next_open_and_within_a_second() {
     let story = Story::new();
     fs::write(story.volume().join("a"), "first").expect("file");
-    let mut guest = Python::start(&story, &["-v", &volume(&story)]);
+    let mut guest = Python::start(&story, &["-v", &story.volume_at_mnt()]);
     assert_eq!(guest.eval("open('/mnt/a').read()"), "first");
     fs::write(story.volume().join("a"), "second, longer").expect("file");
     assert_eq!(guest.eval("open('/mnt/a').read()"), "second, longer");

@@ -116,7 +116,7 @@ fn a_guest_that_fills_the_hosts_memory_by_a_share_ends_itself_and_nobody_else() 
     let story = Story::new();
     story.detach("neighbour", &[], &["sleep", "1000"]);
     // The folder of the story is memory of the host.
-    let volume = format!("{}:/mnt", story.volume().display());
+    let volume = story.volume_at_mnt();
     let fill = "dd if=/dev/zero of=/mnt/big bs=1M count=400";
     let ran = story.run(&["--memory", "100m", "--volume", &volume], &["sh", "-c", fill]);
     assert_eq!(ran.code, 125, "{ran:?}");
@@ -172,7 +172,7 @@ fn a_guest_writes_to_a_disk_of_the_host_no_faster_than_its_vm_may() {
     let story = Story::new();
     let disk = LoopDisk::mounted_at(&story.volume());
     let at = |rate: &str| format!("{}:{rate}", disk.device);
-    let volume = format!("{}:/mnt", story.volume().display());
+    let volume = story.volume_at_mnt();
     let limits =
         ["--device-write-bps", &at("1mb"), "--device-read-bps", &at("64mb"), "--device-read-iops", &at("1000")];
     story.detach("one", &[&["--volume", &volume], &limits[..]].concat(), &["sleep", "1000"]);

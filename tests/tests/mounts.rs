@@ -12,10 +12,6 @@ use tests::Story;
 use tests::mounted::{Mounted, run};
 use tests::python::Python;
 
-fn volume(story: &Story) -> String {
-    format!("{}:/mnt", story.volume().display())
-}
-
 #[test]
 fn a_read_only_volume_is_read_only_for_the_guests_root_and_in_every_mount_below_it() {
     let story = Story::new();
@@ -23,7 +19,7 @@ fn a_read_only_volume_is_read_only_for_the_guests_root_and_in_every_mount_below_
     let _inner = Mounted::tmpfs(&story.volume().join("inner"), "size=1m");
     fs::write(story.volume().join("a"), "old").expect("file");
     fs::copy("/bin/busybox", story.volume().join("busybox")).expect("busybox-static is installed");
-    let volume = format!("{}:ro", volume(&story));
+    let volume = format!("{}:ro", story.volume_at_mnt());
     let mut guest = Python::start(&story, &["-v", &volume, "--cap-add", "SYS_ADMIN"]);
     // The container's own mount is read-only; root of the guest takes that away and meets the host's.
     let remount =
@@ -55,7 +51,7 @@ fn a_read_only_mount_of_the_host_below_a_writable_volume_stays_read_only() {
     fs::create_dir(&inner).expect("a folder");
     fs::write(inner.join("a"), "old").expect("file");
     let _inner = Mounted::bound(&inner, "ro");
-    let mut guest = Python::start(&story, &["-v", &volume(&story)]);
+    let mut guest = Python::start(&story, &["-v", &story.volume_at_mnt()]);
     assert_eq!(guest.exec("open('/mnt/b', 'w').close()"), "None");
     assert_eq!(guest.eval("open('/mnt/inner/a').read()"), "old");
     assert_eq!(guest.exec("open('/mnt/inner/a', 'w')"), "EROFS");
@@ -113,7 +109,7 @@ fn what_the_host_mounts_later_comes_to_a_slave_volume_and_goes_when_it_is_unmoun
     let story = Story::new();
     fs::create_dir(story.volume().join("disk")).expect("a folder");
     let _volume = Mounted::shared(&story.volume());
-    let mut guest = Python::start(&story, &["-v", &format!("{}:rslave", volume(&story))]);
+    let mut guest = Python::start(&story, &["-v", &format!("{}:rslave", story.volume_at_mnt())]);
     assert_eq!(guest.eval("os.listdir('/mnt/disk')"), "[]");
     let disk = Mounted::tmpfs(&story.volume().join("disk"), "size=1m");
     fs::write(disk.0.join("a"), "later").expect("file");
@@ -141,7 +137,7 @@ fn what_the_host_mounts_later_below_a_read_only_volume_is_not_written_by_the_gue
     fs::create_dir(story.volume().join("disk")).expect("a folder");
     fs::copy("/bin/busybox", story.volume().join("busybox")).expect("busybox-static is installed");
     let _volume = Mounted::shared(&story.volume());
-    let volume = format!("{}:ro,rslave", volume(&story));
+    let volume = format!("{}:ro,rslave", story.volume_at_mnt());
     let mut guest = Python::start(&story, &["-v", &volume, "--cap-add", "SYS_ADMIN"]);
     let disk = Mounted::tmpfs(&story.volume().join("disk"), "size=1m");
     fs::write(disk.0.join("a"), "old").expect("file");
@@ -176,10 +172,10 @@ fn what_the_host_mounts_later_below_a_read_only_volume_is_not_written_by_the_gue
 #[test]
 fn propagation_that_cannot_be_is_refused_with_what_to_do() {
     let story = Story::new();
-    let refused = story.run(&["-v", &format!("{}:rshared", volume(&story))], &["true"]);
+    let refused = story.run(&["-v", &format!("{}:rshared", story.volume_at_mnt())], &["true"]);
     assert!(refused.code == 125 && refused.stderr.contains("rslave"), "{refused:?}");
     let _private = Mounted::tmpfs(&story.volume(), "size=1m");
     run("mount", &["--make-private", &story.volume().display().to_string()]);
-    let refused = story.run(&["-v", &format!("{}:rslave", volume(&story))], &["true"]);
+    let refused = story.run(&["-v", &format!("{}:rslave", story.volume_at_mnt())], &["true"]);
     assert!(refused.code == 125 && refused.stderr.contains("mount --make-shared"), "{refused:?}");
 }
