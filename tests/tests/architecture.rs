@@ -204,6 +204,15 @@ fn every_function_that_the_readme_follows_exists() {
 }
 
 #[test]
+fn every_file_of_stories_is_told() {
+    let told = read("tests/tests/main.rs");
+    let files = fs::read_dir(root().join("tests/tests")).expect("a folder").flatten();
+    let names = files.filter_map(|file| file.file_name().to_str()?.strip_suffix(".rs").map(str::to_owned));
+    let forgotten: Vec<_> = names.filter(|name| name != "main" && !told.contains(&format!("\nmod {name};\n"))).collect();
+    assert!(forgotten.is_empty(), "tests/tests/main.rs has no `mod` of {forgotten:?}");
+}
+
+#[test]
 fn every_story_that_the_readme_names_for_containerd_is_told() {
     let readme = read("README.md");
     let section = readme.split("\n## containerd and Kubernetes\n").nth(1).expect("the section").split("\n## ").next();

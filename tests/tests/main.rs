@@ -1,0 +1,33 @@
+//! The stories, in one program: it is linked once, and those of one file do not wait for the last one of another.
+
+mod architecture;
+mod boot;
+mod confinement;
+mod container;
+mod container_escape;
+mod containerd_crash;
+mod containerd_cycles;
+mod containerd_exec;
+mod containerd_install;
+mod containerd_network;
+mod containerd_pod;
+mod containerd_run;
+mod detached;
+mod docker;
+mod escape;
+mod fs;
+mod guest;
+mod hostile;
+mod hotplug;
+mod image;
+mod lifecycle;
+mod limits;
+mod malicious_agent;
+mod many;
+mod mounts;
+mod oci;
+mod pod_interfaces;
+mod pod_netns;
+mod pod_network;
+mod pod_network_faults;
+mod user_network;
