@@ -1,5 +1,6 @@
 //! A VMM and an agent that a guest has taken over lie to `vmrun` in every way of `tests::liar`: it ends in time, says so in clean words,
-//! needs no more memory than for an honest one, writes nowhere else, and leaves nothing.
+//! needs no more memory than for an honest one, writes nowhere else, and leaves nothing. Some of each kind are told to containerd's
+//! shim: containerd has an answer to each request, deletes the container, and nothing is left.
 
 use std::fs;
 use std::io::{Read as _, Seek as _};
@@ -12,6 +13,8 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
+use tests::checks;
+use tests::containerd::{Client, Containerd, Release};
 use tests::liar::{Lie, OUTPUT, Scene, all};
 use tests::scorecard::told;
 use tests::{Outcome, Story, becomes_true};
@@ -23,6 +26,38 @@ const MOST_MEMORY: u64 = 1 << 30;
 /// Bytes of standard error.
 const MOST_TEXT: usize = 64 << 10;
 const CONCURRENCY: usize = 24;
+/// Time that a command has to end which the shim knows to run; one that is not heard of again runs on.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// What containerd's shim is told, none of which takes a deadline to see through, and what becomes of the container.
+const TOLD_TO_SHIM: [(&str, Outlook); 16] = [
+    ("Configure-garbage", Outlook::Refused),
+    ("CreateContainer-escapes", Outlook::Refused),
+    ("CreateContainer-large-frame", Outlook::Refused),
+    ("StartContainer-unknown-status", Outlook::Refused),
+    ("StartContainer-close", Outlook::Refused),
+    ("exit-largest", Outlook::Ended(255)),
+    ("exit-255", Outlook::Ended(255)),
+    ("stream-again", Outlook::Unknown),
+    ("vmm-garbage", Outlook::Unknown),
+    ("vmm-escaped-reason", Outlook::Refused),
+    ("vmm-wild-signal", Outlook::Refused),
+    ("vmm-silent-end", Outlook::Refused),
+    ("events-of-strangers", Outlook::Ended(0)),
+    ("events-twice", Outlook::Ended(0)),
+    ("events-lost", Outlook::Ended(0)),
+    ("events-early", Outlook::Unknown),
+];
+
+/// What becomes of a container.
+#[derive(Clone, Copy, Debug)]
+enum Outlook {
+    /// It is not created or not started.
+    Refused,
+    /// It ends so, and its output is whole.
+    Ended(u32),
+    /// One or the other.
+    Unknown,
+}
 
 /// Runs `vmrun`, whose VMM is the liar, to its end and within its memory.
 fn finish(story: &Story, vmm: &Path, arguments: &[&str]) -> Result<Outcome, String> {
@@ -132,4 +167,62 @@ fn no_lie_of_a_vmm_or_an_agent_harms_the_host() {
     let complaints = complaints.into_inner().expect("no panic");
     assert!(complaints.is_empty(), "of {count} lies: {complaints:?}");
     println!("{count} lies");
+}
+
+/// Asks containerd for a container to its end; what it answers, and how the container ended.
+async fn use_container(client: &Client, id: &str) -> Result<(u32, String), String> {
+    let text = |status: tonic::Status| status.message().to_owned();
+    let mut task = client.create(id, &["true"], |_| {}).await.map_err(text)?;
+    let started = task.start().await.map_err(text);
+    if started.is_ok() {
+        let _ = tokio::time::timeout(PATIENCE, task.wait()).await;
+    }
+    // One that has ended cannot be signalled.
+    let _ = task.kill(9).await;
+    let waited = tokio::time::timeout(DEADLINE, task.wait()).await;
+    let exit_status = waited.expect("what is killed ends").expect("its exit status is known");
+    let output = task.output();
+    assert_eq!(task.remove().await.expect("removed"), exit_status);
+    started.map(|()| (exit_status, output))
+}
+
+/// Tells containerd one lie; what was wrong with how it took it.
+fn tell_containerd(containerd: &Containerd, name: &str, outlook: Outlook) -> Result<(), String> {
+    let told = containerd.block_on(use_container(&containerd.client(), name));
+    match (&told, outlook) {
+        (Err(text), _) if text.len() > MOST_TEXT || text.contains(char::is_control) => {
+            return Err(format!("{} bytes of text: {:?}", text.len(), text.chars().take(500).collect::<String>()));
+        }
+        (_, Outlook::Unknown) | (Err(_), Outlook::Refused) => {}
+        (Ok((exit_status, output)), Outlook::Ended(code)) if *exit_status == code && output == OUTPUT => {}
+        _ => return Err(format!("not {outlook:?}: {told:?}")),
+    }
+    let log = fs::read_to_string(containerd.log()).expect("a log");
+    if log.contains("panicked") { Err("something panicked, see the log".to_owned()) } else { Ok(()) }
+}
+
+fn no_lie_harms_containerd(containerd: &mut Containerd) {
+    let (drop_in, liars) = (containerd.path("etc-vmrun/config.d/liar.toml"), containerd.path("liars"));
+    for folder in [drop_in.parent().expect("a folder"), &liars] {
+        fs::create_dir_all(folder).expect("made");
+    }
+    let mut complaints = Vec::new();
+    for (name, outlook) in TOLD_TO_SHIM {
+        let vmm = liars.join(format!("shim-{name}"));
+        symlink(env!("CARGO_BIN_EXE_liar"), &vmm).expect("a link");
+        let config = format!("[artifacts]\nvmm = {vmm:?}\n[vm]\nboot_deadline_s = 20\n");
+        fs::write(&drop_in, config).expect("written");
+        complaints
+            .extend(tell_containerd(containerd, name, outlook).err().map(|complaint| format!("{name}: {complaint}")));
+        containerd.assert_idle();
+        fs::remove_file(vmm).expect("removed");
+    }
+    fs::remove_file(drop_in).expect("removed");
+    assert!(complaints.is_empty(), "{complaints:#?}");
+    assert_eq!(TOLD_TO_SHIM.len(), told("lying VMM and agent", "lies to containerd's shim"));
+}
+
+#[test]
+fn no_lie_of_a_vmm_or_an_agent_harms_containerd() {
+    tests::containerd::tell(Release::Trixie, checks![no_lie_harms_containerd]);
 }

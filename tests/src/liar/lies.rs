@@ -32,6 +32,8 @@ pub enum Lie {
     Exit(u32, i64),
     /// About the streams of a process.
     Stream(Stream),
+    /// About events, to the shim alone.
+    Events(super::events::Wrong),
     /// About what a container uses.
     Stats(Stats),
     /// About what is at a path.
@@ -237,9 +239,9 @@ const ARCHIVES: [(&str, Archive); 8] = [
 ];
 
 /// A text that clears a screen, sets a title and begins a line of its own.
-const ESCAPES: &str = "\x1b[2J\x1b]0;title\x07\r\nvmrun: a line of its own\n";
+pub(super) const ESCAPES: &str = "\x1b[2J\x1b]0;title\x07\r\nvmrun: a line of its own\n";
 /// More than any table should hold.
-const MANY: u32 = 3000;
+pub(super) const MANY: u32 = 3000;
 
 /// All lies with their names and scenes.
 #[must_use]

@@ -1,6 +1,8 @@
 //! A VMM and an agent that a guest has taken over: they speak the protocols of `vmm-api` and `agent-api`, and tell one lie. Without a guest:
-//! what the host's programs make of the bytes is the subject. Started as the binary `liar`, by a link whose name is the lie.
+//! what the host's programs make of the bytes is the subject. Started as the binary `liar`, by a link whose name is the lie; one that begins
+//! with `shim-` says that containerd's shim is lied to.
 
+mod events;
 mod lies;
 mod wire;
 
@@ -19,6 +21,8 @@ use vmm::inherited::InheritedFds;
 use vmm_api::control::{Exit, ExitReason, Message, Reply, State};
 use vmm_api::{Fd, VmConfig};
 
+use events::Events;
+use lies::{ESCAPES, MANY};
 pub use lies::{Lie, Scene, all};
 use wire::Connection;
 
@@ -58,8 +62,9 @@ impl Ports {
 pub fn serve() {
     let arguments: Vec<String> = std::env::args().collect();
     let name = Path::new(&arguments[0]).file_name().and_then(|name| name.to_str()).expect("a name").to_owned();
-    let (_, scene, lie) =
-        all().into_iter().find(|(known, ..)| *known == name).unwrap_or_else(|| panic!("no lie {name:?}"));
+    let told = name.strip_prefix("shim-");
+    let known = all().into_iter().chain(events::all()).find(|(known, ..)| known == told.unwrap_or(&name));
+    let (_, scene, lie) = known.unwrap_or_else(|| panic!("no lie {name:?}"));
     let mut inherited = InheritedFds::default();
     let mut take = |fd| inherited.take(fd).expect("an inherited descriptor");
     let config_fd: i32 = arguments.last().and_then(|number| number.parse().ok()).expect("--config-fd NUMBER");
@@ -73,7 +78,7 @@ pub fn serve() {
     lie.at_boot(&control, &ports);
     let obedient = control.try_clone().expect("a socket");
     thread::spawn(move || obey(&obedient, lie));
-    answer(&ports, scene, lie);
+    answer(&ports, scene, lie, told.map(|_| Events::default()));
     // The agent is gone; the VMM stays until it is told to end.
     loop {
         thread::park();
@@ -112,8 +117,8 @@ fn end(control: &UnixStream, reason: ExitReason) -> ! {
     std::process::exit(0);
 }
 
-/// Answers the agent's requests, honestly but for the lie.
-fn answer(ports: &Ports, scene: Scene, lie: Lie) {
+/// Answers the agent's requests, honestly but for the lie; the shim is told ends by events.
+fn answer(ports: &Ports, scene: Scene, lie: Lie, mut events: Option<Events>) {
     let connection = Connection(Ports::dial(&ports.agent));
     let streams = Streams::default();
     while let Some(request) = connection.request() {
@@ -124,6 +129,9 @@ fn answer(ports: &Ports, scene: Scene, lie: Lie) {
         let payload = honest(&request, ports, streams, (scene, lie));
         if let Some(payload) = payload {
             connection.respond(request.stream_id, &payload);
+        }
+        if let Some(events) = &mut events {
+            events.follow(&request, connection, streams, lie);
         }
     }
 }
