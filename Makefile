@@ -14,7 +14,7 @@ build: packages
 	$(MAKE) --jobs=3 programs guest-kernel
 
 # Side by side: the last steps of each keep one CPU busy for minutes.
-.PHONY: programs dynamic-programs static-programs test-programs guest-kernel
+.PHONY: programs dynamic-programs static-programs test-programs unfiltered-vmm guest-kernel
 programs: dynamic-programs static-programs
 	install -m 755 $(static)/release/vmm $(release)/vmm
 	$(release)/rootfs --agent $(static)/guest/agent --output $(release)/rootfs.erofs
@@ -29,6 +29,8 @@ guest-kernel:
 	ln -sf "$$(guest-kernel/build)" $(release)/vmlinux
 test-programs:
 	tests/run --build
+unfiltered-vmm: static-programs
+	$(static_env) cargo build --release -p unfiltered --target x86_64-unknown-linux-gnu --target-dir $(target)/static
 
 # A Debian container with Python in a microVM.
 run: build
@@ -37,7 +39,7 @@ run: build
 
 # Unit tests here, stories on KVM. Clippy of the workspace is part of `tests/run`.
 test: packages lint-rest
-	$(MAKE) --jobs=3 programs guest-kernel test-programs
+	$(MAKE) --jobs=3 programs guest-kernel test-programs unfiltered-vmm
 	$(hostile) build --release
 	@tests/install-packages docker-registry skopeo containernetworking-plugins iproute2 iptables passt curl iperf3 \
 	  e2fsprogs mount strace

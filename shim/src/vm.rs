@@ -158,8 +158,9 @@ impl Vm {
     /// Lets go of the host, after its end.
     pub(crate) async fn clean_up(&self) {
         self.sandbox.leave_network().await;
-        if let Some(cgroup) = &self.cgroup {
-            cgroup.remove();
+        if let Some(cgroup) = self.cgroup.clone() {
+            // What a kernel's thread does for the VM may end after it.
+            let _ = tokio::task::spawn_blocking(move || cgroup.remove_when_empty()).await;
         }
     }
 

@@ -74,13 +74,13 @@ class Vmrun:
 class Qemu:
     """QEMU with our kernel. `-M pc`, because the kernel finds PCI without ACPI there, and microvm has none then."""
 
-    def __init__(self, console, devices, initramfs, *words, variables="", within=()):
+    def __init__(self, console, devices, initramfs, *words, variables="", within=(), fds=()):
         self.console = Path(console)
         command = "qemu-system-x86_64 -M pc,usb=off,vmport=off -accel kvm -cpu host -smp 1 -nodefaults -no-user-config -display none -no-reboot"
         command = command.split() + ["-m", str(MEMORY_MIB), "-serial", f"file:{console}", *devices]
         parameters = " ".join([KERNEL_PARAMETERS, variables, "--", *map(str, words)])
         command += ["-kernel", os.environ["VMRUN_KERNEL"], "-initrd", initramfs, "-append", parameters]
-        self.process = subprocess.Popen([*within, *command])
+        self.process = subprocess.Popen([*within, *command], pass_fds=fds)
         self.pid = self.process.pid
 
     def output(self):

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpListener;
+use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -115,9 +116,9 @@ fn field(text: &str, name: &str) -> String {
     line.unwrap_or_else(|| panic!("no {name} in {text}")).trim().to_owned()
 }
 
-/// What [`Seen::filtered`] says of a VMM with these kinds of threads, all of which have their filters.
-fn all(kinds: &[ThreadKind]) -> Result<BTreeMap<ThreadKind, bool>, String> {
-    Ok(kinds.iter().map(|kind| (*kind, true)).collect())
+/// What [`Seen::filtered`] says of a VMM with these kinds of threads, of which one may have no filter.
+fn all_but(missing: Option<ThreadKind>, kinds: &[ThreadKind]) -> Result<BTreeMap<ThreadKind, bool>, String> {
+    Ok(kinds.iter().map(|kind| (*kind, Some(*kind) != missing)).collect())
 }
 
 fn only(value: &str) -> BTreeSet<String> {
@@ -142,7 +143,7 @@ async fn a_running_vmm_has_no_namespace_and_no_right_of_the_host() {
     }
     assert_eq!(vmm.fields("NoNewPrivs"), only("1"));
     assert_eq!(vmm.fields("Seccomp"), only("2"), "each thread's system calls are filtered");
-    assert_eq!(vmm.filtered(), all(&OF_A_POD), "by the filter of its kind");
+    assert_eq!(vmm.filtered(), all_but(None, &OF_A_POD), "by the filter of its kind");
     assert_eq!(vmm.read("environ"), "");
     let limits = vmm.read("limits");
     let core = limits.lines().find(|line| line.starts_with("Max core file size")).expect("a limit");
@@ -205,11 +206,55 @@ fn without_root_the_vmm_is_confined_all_the_same() {
     // Who spawns it makes the pid namespace, which here was the story.
     assert_eq!(seen.shared_namespaces(), ["pid"]);
     assert_eq!(seen.fields("CapEff"), only(KEPT_CAPABILITIES));
-    eventually(DEADLINE, "each thread is filtered", || seen.filtered() == all(&OF_BUSY));
+    eventually(DEADLINE, "each thread is filtered", || seen.filtered() == all_but(None, &OF_BUSY));
     assert_eq!(seen.read("uid_map").split_whitespace().collect::<Vec<_>>(), ["0", "1000", "1"]);
     assert_eq!(seen.list("root"), ["proc"]);
     drop((control, lines));
     assert_eq!(vmm.wait().expect("wait").code(), Some(0));
+}
+
+/// A link to the VMM that leaves out the filter of a kind of threads; which one is the name of the link.
+fn unfiltered(dir: &Path, missing: ThreadKind) -> PathBuf {
+    let program = std::env::var_os("UNFILTERED_VMM").expect("UNFILTERED_VMM names the program: use `make test`");
+    let link = dir.join(format!("{missing:?}"));
+    symlink(program, &link).expect("a link");
+    link
+}
+
+#[test]
+fn a_filter_that_is_left_out_is_noticed() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    for missing in OF_BUSY {
+        let (control, theirs) = UnixStream::pair().expect("a socket pair");
+        let mut config = config(Fd(4));
+        config.control = Fd(3);
+        let mut command = guest::program(&unfiltered(dir.path(), missing), &config, vec![theirs.into(), kernel(&BUSY)]);
+        let mut vmm = command.spawn().expect("the VMM starts");
+        let seen = Seen::of(vmm.id());
+        // Until it has started, it is not a VMM.
+        let message = format!("a VMM without the filter of {missing:?} is told from one with it");
+        eventually(DEADLINE, &message, || {
+            seen.list("task").len() >= OF_BUSY.len() && seen.filtered() == all_but(Some(missing), &OF_BUSY)
+        });
+        drop((control, command));
+        assert_eq!(vmm.wait().expect("wait").code(), Some(0));
+    }
+}
+
+#[test]
+fn a_filter_that_is_left_out_of_the_threads_of_shares_is_noticed() {
+    let story = Story::new();
+    let vmm = unfiltered(&story.volume(), ThreadKind::Fs);
+    let image = story.image();
+    let mut vmrun =
+        story.vmrun(&["run", "--rm", "--name", "open", "--network", "none", "-i", &image, "sh", "-c", "echo on; cat"]);
+    let mut vmrun =
+        vmrun.env("VMRUN_VMM", vmm).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("vmrun starts");
+    let mut line = String::new();
+    BufReader::new(vmrun.stdout.take().expect("piped")).read_line(&mut line).expect("a line");
+    assert_eq!(vmm_of(&story, "open").filtered(), all_but(Some(ThreadKind::Fs), &OF_A_POD));
+    drop(vmrun.stdin.take());
+    assert_eq!(vmrun.wait().expect("wait").code(), Some(0));
 }
 
 /// The VMM of a container of `vmrun`.
@@ -273,7 +318,7 @@ fn a_running_vm_makes_no_system_call_that_is_not_listed() {
     let mut python = Python::start(&story, &["--name", "traced", "--network", "user", "-v", &story.volume_at_mnt()]);
     let vmm = vmm_of(&story, "traced");
     let expected = [&OF_A_POD[..], &[ThreadKind::Net]].concat();
-    assert_eq!(vmm.filtered(), all(&expected));
+    assert_eq!(vmm.filtered(), all_but(None, &expected));
     let kinds = vmm.kinds().expect("known kinds");
 
     let strace = Strace::attach(&vmm);

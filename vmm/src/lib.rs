@@ -1,9 +1,9 @@
 //! The virtual machine monitor: one process, one microVM, on KVM.
 //!
 //! ```text
-//!   main ─► machine (the boot recipe) ─► kvm, memory, kernel, arch (what a VM is made of)
-//!                                     ─► vcpu threads ─► bus ─► legacy, virtio::pci ─► virtio devices
-//!                                     ─► event_loop (main thread): queue kicks, sockets, control
+//!   main ─► process ─► machine (the boot recipe) ─► kvm, memory, kernel, arch (what a VM is made of)
+//!                                                ─► vcpu threads ─► bus ─► legacy, virtio::pci ─► virtio devices
+//!                                                ─► event_loop (main thread): queue kicks, sockets, control
 //! ```
 //!
 //! Knows no containers. Everything it works on arrives as open descriptors in `vmm_api::VmConfig`.
@@ -26,6 +26,7 @@ pub mod machine;
 pub mod memory;
 pub mod networks;
 pub mod probe;
+pub mod process;
 pub mod root_image;
 pub mod signals;
 pub mod vcpu;

@@ -57,6 +57,12 @@ impl Jail {
             panic!("cannot confine a thread: {error}");
         }
     }
+
+    /// The same, but one kind of threads keeps the system calls that it inherits: for the story that must notice.
+    #[must_use]
+    pub fn without(self, kind: ThreadKind) -> Self {
+        Self { filters: self.filters.map(|filters| Arc::new(filters.without(kind))) }
+    }
 }
 
 /// Gives up everything but the open descriptors. The process must have one thread.

@@ -292,7 +292,14 @@ impl Filters {
     /// Confines the calling thread, and all that it starts.
     pub(super) fn apply(&self, kind: ThreadKind) -> io::Result<()> {
         let program = self.0.get(&kind).ok_or(io::ErrorKind::NotFound)?;
-        apply_filter(program).map_err(io::Error::other)
+        if program.is_empty() { Ok(()) } else { apply_filter(program).map_err(io::Error::other) }
+    }
+
+    /// The same, but nothing is taken from one kind.
+    pub(super) fn without(&self, kind: ThreadKind) -> Self {
+        let mut programs = self.0.clone();
+        programs.insert(kind, BpfProgram::new());
+        Self(programs)
     }
 }
 
