@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use containerd_shim_protos::sandbox_async::create_sandbox;
+use sandbox::cgroup::HostCgroup;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
@@ -44,6 +45,10 @@ pub(crate) fn serve(arguments: Arguments) -> Result<()> {
     let outcome = runtime.block_on(answer(&arguments, &bundle, config, listener));
     if let Err(error) = &outcome {
         tracing::error!(error = format!("{error:#}"), "the server ends");
+    }
+    if let Some(cgroup) = Record::read(&bundle).and_then(|record| record.cgroup) {
+        // Of a VM that did not come to be. Nobody knows of it without the record.
+        HostCgroup::at(cgroup).remove_when_empty();
     }
     Record::remove(&bundle);
     // A thread may be held up by a file system that does not answer.

@@ -307,6 +307,24 @@ pub fn tells_all() -> bool {
     !is_emulated() || std::env::var_os("STORY_FULL").is_some()
 }
 
+/// Whether a story was told by this call, in a process of its own; it then tells itself there, where this is false. For what it counts of its
+/// process. `name` is as the test program lists it.
+///
+/// # Panics
+/// When the story failed.
+#[must_use]
+pub fn told_alone(name: &str) -> bool {
+    const ALONE: &str = "STORY_ALONE";
+    if std::env::var_os(ALONE).is_some() {
+        return false;
+    }
+    let mut command = Command::new(std::env::current_exe().expect("a program"));
+    command.args(["--exact", name, "--nocapture"]).env(ALONE, "1");
+    let told = outcome(command);
+    assert!(told.success().contains("1 passed"), "{name}: {}", told.stdout);
+    true
+}
+
 /// Runs `command` to its end.
 ///
 /// # Panics

@@ -1,4 +1,4 @@
-//! Interfaces that come to a pod and go while it runs. The only story of its process, whose descriptors it counts.
+//! Interfaces that come to a pod and go while it runs. Told in a process of its own, whose descriptors it counts.
 
 use std::fmt::Debug;
 use std::time::Duration;
@@ -6,7 +6,7 @@ use std::time::Duration;
 use sandbox::network::Policy;
 use tests::lan::{Attachment, Lan, bridge, ip};
 use tests::pod::{Pod, SMALL, net_capabilities, network};
-use tests::{Story, descriptors};
+use tests::{Story, descriptors, told_alone};
 use tokio::time::{sleep, timeout};
 
 /// For what ends by itself.
@@ -14,6 +14,9 @@ const DEADLINE: Duration = Duration::from_secs(10);
 
 #[tokio::test(flavor = "current_thread")]
 async fn interfaces_come_and_go_while_the_pod_runs() {
+    if told_alone("pod_interfaces::interfaces_come_and_go_while_the_pod_runs") {
+        return;
+    }
     let story = Story::new();
     let lan = Lan::enter();
     let netns = lan.netns();

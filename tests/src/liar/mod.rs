@@ -16,6 +16,7 @@ use std::sync::Mutex;
 use std::thread;
 
 use agent_api::message;
+use nix::sched::{CloneFlags, unshare};
 use protobuf::Message as _;
 use vmm::inherited::InheritedFds;
 use vmm_api::control::{Exit, ExitReason, Message, Reply, State};
@@ -65,6 +66,10 @@ pub fn serve() {
     let told = name.strip_prefix("shim-");
     let known = all().into_iter().chain(events::all()).find(|(known, ..)| known == told.unwrap_or(&name));
     let (_, scene, lie) = known.unwrap_or_else(|| panic!("no lie {name:?}"));
+    if told.is_some() {
+        // As the VMM does: what interfaces the container has is looked up there.
+        unshare(CloneFlags::CLONE_NEWNET).expect("stories run as root");
+    }
     let mut inherited = InheritedFds::default();
     let mut take = |fd| inherited.take(fd).expect("an inherited descriptor");
     let config_fd: i32 = arguments.last().and_then(|number| number.parse().ok()).expect("--config-fd NUMBER");
