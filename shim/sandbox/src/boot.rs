@@ -14,6 +14,7 @@ use crate::plan::VmSize;
 use crate::share::Share;
 use crate::streams::StreamTable;
 use crate::vmm_process::{Spawn, VmmProcess};
+use crate::work::Work;
 use crate::{BootError, Sandbox, message};
 
 /// Everything a sandbox starts from.
@@ -96,6 +97,7 @@ impl Sandbox {
             vmm,
             times,
             network: tokio::sync::Mutex::new(request.network.held),
+            network_work: Work::default(),
             namespaces: Mutex::new(namespaces),
         })
     }

@@ -34,7 +34,7 @@ impl Sandbox {
         let mut held = self.network.lock().await;
         let Some(pod) = &mut held.pod else { return Ok(()) };
         let namespace = pod.namespace.clone();
-        let found = done(spawn_blocking(move || pod::look(&namespace)).await)?;
+        let found = done(self.network_work.run(move || pod::look(&namespace)).await)?;
         let change = pod.change(&found);
         for &position in &change.carriers {
             let joined = &mut pod.joined[position];
@@ -49,7 +49,7 @@ impl Sandbox {
         }
         let wanted = pod.wanted(change);
         let mut outcome = Ok(());
-        for made in done(spawn_blocking(move || wanted.make()).await)? {
+        for made in done(self.network_work.run(move || wanted.make()).await)? {
             outcome = outcome.and(self.plug_in(pod, made).await);
         }
         if let Some(news) = pod.news(&found) {
@@ -93,6 +93,8 @@ impl Sandbox {
     pub async fn leave_network(&self) {
         let held = std::mem::take(&mut *self.network.lock().await);
         drop(held);
+        // The end of the VM may have found them at an interface that the end itself changed.
+        self.network_work.finished().await;
     }
 
     async fn plug_in(&self, pod: &mut PodNetwork, made: Made) -> Result<(), RescanError> {
@@ -111,7 +113,7 @@ impl Sandbox {
         if plugged.is_err() {
             let join = pod.joined.last_mut().and_then(|joined| joined.join.take());
             // A panic would have been told where it was.
-            let _ = spawn_blocking(move || drop(join)).await;
+            let _ = self.network_work.run(move || drop(join)).await;
         } else {
             tracing::info!(interface = device.name, "plugged in");
         }
@@ -131,7 +133,7 @@ impl Sandbox {
             tracing::warn!(error = &error as &dyn std::error::Error, "an interface was pulled out by force");
         }
         tracing::info!(interface = joined.device.name, "pulled out");
-        let _ = spawn_blocking(move || drop(joined)).await;
+        let _ = self.network_work.run(move || drop(joined)).await;
     }
 
     async fn tell_network(&self, request: &SetNetworkRequest) -> Result<(), ControlError> {

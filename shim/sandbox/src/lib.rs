@@ -32,6 +32,7 @@ mod text;
 mod vm;
 mod vmm_control;
 mod vmm_process;
+mod work;
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -58,6 +59,7 @@ pub struct Sandbox {
     times: BootTimes,
     // Let go after the VMM, which is dropped before it.
     network: tokio::sync::Mutex<network::Held>,
+    network_work: work::Work,
     /// Mount namespaces that shares are in, by tag.
     namespaces: Mutex<HashMap<String, OwnedFd>>,
 }
