@@ -27,6 +27,8 @@ class Passt:
         self.socket = ours
         self.fds = [ours.fileno()]
         self.netdev = f"socket,id=net,fd={ours.fileno()}"
+        # As `vmrun` has it: frames to it are as large as it takes them.
+        self.mtu = 65520
 
     def end(self):
         self.socket.close()
@@ -39,6 +41,7 @@ class Libslirp:
 
     fds = ()
     netdev = f"user,id=net,ipv6=off,net=10.0.2.0/24,host={GATEWAY}"
+    mtu = 1500
 
     def end(self):
         pass
@@ -50,9 +53,9 @@ STACKS = {"passt": Passt, "libslirp": Libslirp}
 def said_by_guest(name, options, *iperf3_options):
     """What a guest prints that measures to the peer."""
     stack = STACKS[name]()
-    devices = ["-netdev", stack.netdev, "-device", f"virtio-net-pci,netdev=net,mac={POD.mac},disable-legacy=on,romfile="]
+    devices = ["-netdev", stack.netdev, "-device", f"virtio-net-pci,netdev=net,mac={POD.mac},disable-legacy=on,romfile=,host_mtu={stack.mtu}"]
     words = ["client", PEER.address, WARM_UP_S, options.seconds, *iperf3_options]
-    variables = f"ADDRESS={ADDRESS} GATEWAY={GATEWAY}"
+    variables = f"ADDRESS={ADDRESS} GATEWAY={GATEWAY} MTU={stack.mtu}"
     console = f"{options.json}.console"
     guest = Qemu(console, devices, options.initramfs, *words, variables=variables, within=WITHIN, fds=stack.fds)
     try:
