@@ -6,21 +6,23 @@ use tokio::io::AsyncReadExt as _;
 
 use crate::pod::Pod;
 
-/// Path of the program, on the host as well (see [`crate::Story::add_program`]).
+/// Path of the program on the host.
 pub const PROGRAM: &str = "/usr/bin/iperf3";
+/// And in a root file system (see [`crate::Story::add_program`]).
+const INSIDE: &str = "/opt/iperf3";
 
 /// Streams to the server's `address`, and asserts that the connection lasts and carries bytes. Returns the client's report.
 ///
 /// # Panics
 /// When it does not.
 pub async fn stream(server: &Pod, client: &Pod, address: &str) -> Value {
-    let serve = format!("exec {PROGRAM} --server --one-off --forceflush");
+    let serve = format!("exec {INSIDE} --server --one-off --forceflush");
     let streams = server.create("iperf-server", &serve, |_| {}).await.expect("created");
     server.0.start("iperf-server").await.expect("started");
     let mut served = streams.stdout.expect("standard output");
     // Its first line, once it listens.
     served.read_exact(&mut [0; 1]).await.expect("iperf3 listens");
-    let send = format!("{PROGRAM} --client {address} --time 10 --json");
+    let send = format!("{INSIDE} --client {address} --time 10 --json");
     let (code, report) = client.run("iperf-client", &send, |_| {}).await;
     assert_eq!(code, 0, "{report}");
     let report: Value = serde_json::from_str(&report).expect("JSON");

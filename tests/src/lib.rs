@@ -70,7 +70,7 @@ impl Story {
         Self { dir }
     }
 
-    /// Puts a program of the host and the libraries that it is linked to into the root file system, where the host has them.
+    /// Puts a program of the host into `/opt` of the root file system, and the libraries that it is linked to where the host has them.
     ///
     /// # Panics
     /// When one is not there.
@@ -80,8 +80,10 @@ impl Story {
         let listed = outcome(ldd);
         // `libc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x...)`, and the loader without an arrow.
         let libraries = listed.success().split_whitespace().filter(|word| word.starts_with('/'));
-        for file in libraries.chain([path]) {
-            let copy = self.rootfs().join(file.trim_start_matches('/'));
+        let name = Path::new(path).file_name().expect("a name").to_str().expect("text");
+        let program = format!("opt/{name}");
+        for (file, inside) in libraries.map(|file| (file, file.trim_start_matches('/'))).chain([(path, &*program)]) {
+            let copy = self.rootfs().join(inside);
             fs::create_dir_all(copy.parent().expect("a folder")).expect("a folder of the root file system");
             fs::copy(file, copy).expect("the host has it");
         }

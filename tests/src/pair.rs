@@ -60,6 +60,9 @@ pub struct Pair {
     mtu: u32,
 }
 
+/// The program in the pods.
+const ECHO_INSIDE: &str = "/opt/echo";
+
 impl Pair {
     /// Wires them with what `plugins` has for a port of the host, and boots them with the datapath of the VMM. `echo` is the program.
     ///
@@ -75,7 +78,7 @@ impl Pair {
         let netns = [lan.netns(), lan.netns()];
         let attach = |at: usize| Attachment::add(&netns[at], "eth0", plugins(HOST_PORTS[at]));
         let attachments = [0, 1].map(attach);
-        let pods = [boot(story, echo, &netns[0]).await, boot(story, echo, &netns[1]).await];
+        let pods = [boot(story, &netns[0]).await, boot(story, &netns[1]).await];
         Self { pods, attachments, netns, _echoes: echoes, outside, _lan: lan, echo: echo.to_owned(), mtu }
     }
 
@@ -86,7 +89,7 @@ impl Pair {
     /// When it is not so.
     pub async fn assert_everybody_answers(&self) {
         for [asking, other] in [[0, 1], [1, 0]] {
-            let (mut script, mut answers) = (ASK.replace("ECHO", &self.echo), String::new());
+            let (mut script, mut answers) = (ASK.replace("ECHO", ECHO_INSIDE), String::new());
             for family in &FAMILIES {
                 let [own, other] = [asking, other].map(|at| self.attachments[at].address(family.sign));
                 let everybody = [other.as_str(), family.others[0], family.others[1]];
@@ -151,10 +154,10 @@ impl Pair {
 }
 
 /// Boots a pod that answers.
-async fn boot(story: &Story, echo: &str, netns: &Netns) -> Pod {
+async fn boot(story: &Story, netns: &Netns) -> Pod {
     let pod = Pod::boot_with(story, VmSize { vcpus: 2, ..SMALL }, network(netns, Policy::default())).await;
     assert!(["net0", "net1"].iter().all(|name| pod.has_thread(name)), "{:?}", pod.threads());
-    let streams = pod.create("echo", &format!("exec {echo} serve"), net_capabilities).await.expect("created");
+    let streams = pod.create("echo", &format!("exec {ECHO_INSIDE} serve"), net_capabilities).await.expect("created");
     pod.0.start("echo").await.expect("started");
     let mut line = [0; READY.len()];
     streams.stdout.expect("standard output").read_exact(&mut line).await.expect("it listens");

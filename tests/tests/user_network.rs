@@ -278,8 +278,8 @@ fn containers_on_the_bridge_reach_each_other_and_the_outside_and_are_reached_at_
 /// Starts a container that has a web server at its port 80, and answers at 7.
 fn serve(story: &Story, name: &str, options: &[&str]) {
     story.add_program(ECHO);
-    let script = format!("{ECHO} serve | {{ read ready; exec httpd -f -p 80 -h /etc; }}");
-    story.detach(name, options, &["sh", "-c", &script]);
+    let script = "/opt/echo serve | { read ready; exec httpd -f -p 80 -h /etc; }";
+    story.detach(name, options, &["sh", "-c", script]);
 }
 
 /// Asks who answers at port 8007 of an address of the host.
