@@ -47,7 +47,7 @@ pub(crate) fn serve(arguments: Arguments) -> Result<()> {
         tracing::error!(error = format!("{error:#}"), "the server ends");
     }
     if let Some(cgroup) = Record::read(&bundle).and_then(|record| record.cgroup) {
-        // Of a VM that did not come to be. Nobody knows of it without the record.
+        // Of a VM that did not come to be: there is nobody whose end would remove it, and without the record nobody knows of it.
         HostCgroup::at(cgroup).remove_when_empty();
     }
     Record::remove(&bundle);

@@ -73,7 +73,7 @@ impl Vm {
         };
         write_down(None).map_err(TaskError::host("write down the pod's cgroup"))?;
         let (cgroup, procs) = cgroup.unzip();
-        let booted = Sandbox::boot(BootRequest {
+        let sandbox = Sandbox::boot(BootRequest {
             name: name.to_owned(),
             size,
             network,
@@ -83,13 +83,7 @@ impl Vm {
             artifacts,
             deadline: config.vm.boot_deadline(),
         })
-        .await;
-        let sandbox = booted.inspect_err(|_| {
-            // Nobody else removes it: there is no VM whose end would. The VMM may be about to end.
-            if let Some(cgroup) = cgroup.clone() {
-                tokio::task::spawn_blocking(move || cgroup.remove_when_empty());
-            }
-        })?;
+        .await?;
         let pid = sandbox.vmm_pid();
         let identify = || -> std::io::Result<OwnedFd> {
             let raw = i32::try_from(pid).ok().and_then(Pid::from_raw);
