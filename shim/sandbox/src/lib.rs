@@ -32,6 +32,7 @@ mod text;
 mod vm;
 mod vmm_control;
 mod vmm_process;
+mod vmm_words;
 mod work;
 
 use std::collections::HashMap;

@@ -30,6 +30,7 @@ use crate::plan::VmSize;
 use crate::share::Share;
 use crate::text;
 use crate::vmm_control::VmmControl;
+use crate::vmm_words;
 use crate::{BootError, CallError, ControlError};
 
 /// What a VMM is spawned with.
@@ -142,7 +143,7 @@ impl VmmProcess {
 
         let mut command = Command::new(&spawn.program);
         command.arg("--config-fd").arg(config_fd.0.to_string());
-        command.env_clear().stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::inherit()).kill_on_drop(true);
+        command.env_clear().stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
         // An interrupt at the terminal is for the container; its owner passes it on.
         command.process_group(0);
         command.fd_mappings(passed.0).map_err(|_| BootError::Host {
@@ -214,6 +215,8 @@ async fn watch_child(
     killer: std::sync::Arc<tokio::sync::Notify>,
     ended: watch::Sender<Option<Exit>>,
 ) {
+    let words = child.stderr.take().expect("it was spawned with a pipe");
+    let words = tokio::spawn(vmm_words::relay(words, |line| tracing::warn!("VMM: {line}")));
     let mut messages = BufReader::new(messages);
     let mut reported = None;
     let mut line = String::new();
@@ -248,6 +251,8 @@ async fn watch_child(
             child.wait().await
         }
     };
+    // Nothing of its namespace of processes is left that could go on.
+    let _ = words.await;
     let exit = reported.unwrap_or_else(|| match status {
         Ok(status) => {
             status.signal().map_or_else(|| unexplained(format!("its process ended with {status}")), killed_by)

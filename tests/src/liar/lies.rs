@@ -1,7 +1,8 @@
 //! The lies, by what is lied about.
 
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::os::unix::net::UnixStream;
+use std::thread;
 
 use agent_api::message;
 use protobuf::EnumOrUnknown;
@@ -9,6 +10,7 @@ use ttrpc::proto::{Code, MESSAGE_TYPE_RESPONSE};
 use vmm_api::control::{Exit, ExitReason, Message, Reply};
 use vmm_api::net::NetStats;
 
+use super::archive::{ARCHIVES, Archive, entry};
 use super::wire::{self, Connection, Request};
 use super::{OUTPUT, Ports, Streams, end, say};
 
@@ -144,9 +146,13 @@ pub enum Vmm {
     NoDescriptor,
     /// Sixteen descriptors at once.
     ManyDescriptors,
+    /// Words on standard error that drive terminals.
+    EscapedWords,
+    /// Words on standard error, without an end.
+    EndlessWords,
 }
 
-const VMM: [(&str, Vmm); 13] = [
+const VMM: [(&str, Vmm); 15] = [
     ("vmm-endless-line", Vmm::EndlessLine),
     ("vmm-garbage", Vmm::Garbage),
     ("vmm-many-replies", Vmm::ManyReplies),
@@ -160,6 +166,8 @@ const VMM: [(&str, Vmm); 13] = [
     ("vmm-many-agents", Vmm::ManyAgents),
     ("vmm-no-descriptor", Vmm::NoDescriptor),
     ("vmm-many-descriptors", Vmm::ManyDescriptors),
+    ("vmm-escaped-words", Vmm::EscapedWords),
+    ("vmm-endless-words", Vmm::EndlessWords),
 ];
 
 /// Lies about streams.
@@ -205,38 +213,6 @@ pub enum Stats {
     /// Ten thousand names that drive terminals.
     ManyNames,
 }
-
-/// Lies about files.
-#[derive(Clone, Copy, Debug)]
-pub enum Archive {
-    /// A name that leads out.
-    Parent,
-    /// A name from the root.
-    Absolute,
-    /// A link that leads out, and a file behind it.
-    ThroughLink,
-    /// A hard link to a file of the host.
-    HardLink,
-    /// A device.
-    Device,
-    /// A size that the archive does not have.
-    WrongSize,
-    /// No archive.
-    Garbage,
-    /// An end in the middle.
-    Cut,
-}
-
-const ARCHIVES: [(&str, Archive); 8] = [
-    ("archive-parent", Archive::Parent),
-    ("archive-absolute", Archive::Absolute),
-    ("archive-through-link", Archive::ThroughLink),
-    ("archive-hard-link", Archive::HardLink),
-    ("archive-device", Archive::Device),
-    ("archive-wrong-size", Archive::WrongSize),
-    ("archive-garbage", Archive::Garbage),
-    ("archive-cut", Archive::Cut),
-];
 
 /// A text that clears a screen, sets a title and begins a line of its own.
 pub(super) const ESCAPES: &str = "\x1b[2J\x1b]0;title\x07\r\nvmrun: a line of its own\n";
@@ -453,44 +429,8 @@ impl Vmm {
                 let control = std::os::fd::AsFd::as_fd(control);
                 drop(vmm_api::fds::send(std::os::fd::AsFd::as_fd(&ports.agent), &[1, 0, 0, 0], &[control; 16]));
             }
+            Self::EscapedWords => eprintln!("{ESCAPES}"),
+            Self::EndlessWords => drop(thread::spawn(|| while io::stderr().write_all(ESCAPES.as_bytes()).is_ok() {})),
         }
     }
-}
-
-impl Archive {
-    fn bytes(self) -> Vec<u8> {
-        match self {
-            Self::Parent => entry("../../escaped", b'0', "", 4, b"evil"),
-            Self::Absolute => entry("/tmp/escaped-by-a-liar", b'0', "", 4, b"evil"),
-            Self::ThroughLink => {
-                [entry("file", b'2', "/tmp", 0, b""), entry("file/escaped-by-a-liar", b'0', "", 4, b"evil")].concat()
-            }
-            Self::HardLink => entry("file", b'1', "/etc/shadow", 0, b""),
-            Self::Device => entry("file", b'4', "", 0, b""),
-            Self::WrongSize => entry("file", b'0', "", 1 << 40, b"short"),
-            Self::Garbage => vec![0xa5; 4096],
-            Self::Cut => entry("file", b'0', "", 6, b"honest")[..300].to_vec(),
-        }
-    }
-}
-
-/// One entry of a tar archive (POSIX ustar), with whatever name and size.
-fn entry(name: &str, kind: u8, link: &str, size: u64, content: &[u8]) -> Vec<u8> {
-    let mut header = [0; 512];
-    header[..name.len()].copy_from_slice(name.as_bytes());
-    header[100..108].copy_from_slice(b"0000644\0");
-    header[108..124].copy_from_slice(b"0000000\x000000000\0");
-    let octal = format!("{size:011o}");
-    header[124..124 + octal.len().min(12)].copy_from_slice(&octal.as_bytes()[..octal.len().min(12)]);
-    header[136..148].copy_from_slice(b"00000000000\0");
-    header[148..156].fill(b' ');
-    header[156] = kind;
-    header[157..157 + link.len()].copy_from_slice(link.as_bytes());
-    header[257..265].copy_from_slice(b"ustar\x0000");
-    let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
-    header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
-    let mut bytes = header.to_vec();
-    bytes.extend_from_slice(content);
-    bytes.resize(bytes.len().next_multiple_of(512) + 1024, 0);
-    bytes
 }

@@ -2,6 +2,7 @@
 //! what the host's programs make of the bytes is the subject. Started as the binary `liar`, by a link whose name is the lie; one that begins
 //! with `shim-` says that containerd's shim is lied to.
 
+mod archive;
 mod events;
 mod lies;
 mod wire;

@@ -15,7 +15,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use command_fds::{CommandFdExt as _, FdMapping};
-use rustix::fs::MemfdFlags;
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use vmm_api::net::{Backend, NetDevice};
 
 use super::{Held, Interface, MacAddress, Network, NetworkError, Policy, facts, netns};
@@ -38,7 +38,7 @@ const MTU: u16 = 65_520;
 const SOCKET_FD: i32 = 3;
 /// Time that passt has to answer.
 const READY_DEADLINE: Duration = Duration::from_secs(10);
-/// Most bytes of its words in an error.
+/// Most bytes of its words that are kept.
 const MAX_WORDS: u64 = 4096;
 
 /// A port of the host that reaches one of the guest.
@@ -241,15 +241,20 @@ fn greet(socket: &mut UnixStream, mac: MacAddress, address: Ipv4Addr) -> io::Res
     socket.set_read_timeout(None)
 }
 
+/// Room for [`MAX_WORDS`] and no more: who has taken passt over must not fill our memory with words.
 fn words_file() -> io::Result<File> {
-    Ok(File::from(rustix::fs::memfd_create("passt-words", MemfdFlags::CLOEXEC)?))
+    let file = File::from(memfd_create("passt-words", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
+    file.set_len(MAX_WORDS)?;
+    fcntl_add_seals(&file, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
+    Ok(file)
 }
 
 fn said(words: &mut File) -> String {
     let mut text = Vec::new();
-    let read = words.rewind().and_then(|()| words.take(MAX_WORDS).read_to_end(&mut text));
+    let read = words.rewind().and_then(|()| words.read_to_end(&mut text));
     let text = String::from_utf8_lossy(&text).into_owned();
-    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    // What was not written is zero.
+    let lines: Vec<&str> = text.trim_end_matches('\0').lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     match read {
         Ok(_) if !lines.is_empty() => lines.join("; "),
         _ => format!("it did not answer within {} ms, and said nothing", READY_DEADLINE.as_millis()),
@@ -268,6 +273,19 @@ fn random_mac() -> Result<MacAddress, NetworkError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn its_words_are_kept_as_far_as_there_is_room() {
+        let mut words = words_file().expect("a file");
+        words.write_all(b"one \n\n two\n").expect("written");
+        assert_eq!(said(&mut words), "one; two");
+        words.rewind().expect("rewound");
+        let mut written = 0;
+        while let Ok(length) = words.write(&[b'x'; 1000]) {
+            written += length as u64;
+            assert!(written <= MAX_WORDS, "{written}");
+        }
+    }
 
     #[test]
     fn ports_are_written_as_passt_reads_them() {

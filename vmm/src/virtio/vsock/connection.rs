@@ -9,6 +9,7 @@ use std::io::{self, Write as _};
 use std::net::Shutdown;
 use std::num::Wrapping;
 use std::os::unix::net::UnixStream;
+use std::sync::Once;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::packet::{Header, VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE, VIRTIO_VSOCK_SHUTDOWN_F_SEND};
@@ -175,7 +176,9 @@ impl Connection {
     pub(super) fn finish_in_background(mut self, device_thread: &DeviceThread) {
         if FINISHING.fetch_add(1, Ordering::Relaxed) >= MAX_FINISHING {
             FINISHING.fetch_sub(1, Ordering::Relaxed);
-            tracing::warn!("too many slow readers; the last bytes of a stream are dropped");
+            // Once, for a guest can bring it about again and again.
+            static TOLD: Once = Once::new();
+            TOLD.call_once(|| tracing::warn!("too many slow readers; the last bytes of a stream are dropped"));
             return;
         }
         let finish = move || {
