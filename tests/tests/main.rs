@@ -25,6 +25,7 @@ mod limits;
 mod malicious_agent;
 mod many;
 mod mounts;
+mod neighbours;
 mod oci;
 mod pod_interfaces;
 mod pod_netns;

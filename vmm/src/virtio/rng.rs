@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use virtio_queue::QueueT as _;
 use vm_memory::{Address as _, Bytes as _};
 
-use super::{ActivateError, Activation, ActiveQueue, GuestMemory, VirtioDevice};
+use super::{ActivateError, Activation, ActiveQueue, GuestMemory, RING, VirtioDevice};
 use crate::event_loop::{EventSet, EventSource, Registry, lock};
 
 const VIRTIO_ID_RNG: u16 = 4;
@@ -56,7 +56,7 @@ impl VirtioDevice for Rng {
         let fd = queue.kick.as_raw_fd();
         let active = Arc::new(Mutex::new(ActiveRng { memory: activation.memory, queue }));
         self.registry
-            .add(fd, EventSet::IN, 0, active.clone())
+            .add(fd, RING, 0, active.clone())
             .map_err(|source| ActivateError::Host { action: "watch the queue", source })?;
         self.active = Some(active);
         Ok(())
@@ -71,8 +71,6 @@ impl VirtioDevice for Rng {
 
 impl EventSource for ActiveRng {
     fn on_event(&mut self, _token: u64, _ready: EventSet) {
-        // The counter is of no interest; a spurious wake finds no buffer.
-        let _ = self.queue.kick.read();
         let mut used_any = false;
         for _ in 0..=self.queue.queue.size() {
             let Some(chain) = self.queue.queue.pop_descriptor_chain(&*self.memory) else {

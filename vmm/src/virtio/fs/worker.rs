@@ -16,7 +16,7 @@ use super::checked::CheckedFs;
 use super::spare_room::{OUT_HEADER_LEN, SpareRoom};
 use crate::device_thread::DeviceThread;
 use crate::jail::ThreadKind;
-use crate::virtio::{ActiveQueue, GuestMemory};
+use crate::virtio::{ActiveQueue, GuestMemory, RING};
 
 /// A ring that claims requests and gives none this many times in a row is broken.
 const MAX_EMPTY_TURNS: u32 = 16;
@@ -76,8 +76,6 @@ struct Serving {
 impl Serving {
     fn run(&mut self, doorbell: &Doorbell) {
         while doorbell.rings() {
-            // The counter is of no interest.
-            let _ = self.queue.kick.read();
             if self.serve_all().is_err() {
                 // The driver broke its rings: nothing can be answered until it resets the device.
                 return;
@@ -144,7 +142,7 @@ const STOP: u64 = 1;
 impl Doorbell {
     fn create(kick: &EventFd, stop: &EventFd) -> io::Result<Self> {
         let epoll = Epoll::new()?;
-        epoll.ctl(ControlOperation::Add, kick.as_raw_fd(), EpollEvent::new(EventSet::IN, KICK))?;
+        epoll.ctl(ControlOperation::Add, kick.as_raw_fd(), EpollEvent::new(RING, KICK))?;
         epoll.ctl(ControlOperation::Add, stop.as_raw_fd(), EpollEvent::new(EventSet::IN, STOP))?;
         Ok(Self { epoll })
     }

@@ -61,8 +61,6 @@ impl ControlQueue {
 
 impl EventSource for ControlQueue {
     fn on_event(&mut self, _token: u64, _ready: EventSet) {
-        // The counter is of no interest; a spurious wake finds no command.
-        let _ = self.queue.kick.read();
         let mut used_any = false;
         for _ in 0..=self.queue.queue.size() {
             let Some(chain) = self.queue.queue.pop_descriptor_chain(self.memory.clone()) else {

@@ -141,7 +141,7 @@ pub(crate) fn control(data: &[u8]) {
     for step in steps(data) {
         let step: Move = step;
         driver.make(&step, &memory);
-        crate::event_loop::EventSource::on_event(&mut control, 0, EventSet::IN);
+        crate::event_loop::EventSource::on_event(&mut control, 0, RING);
         assert!(shared.active_pairs() <= 4);
     }
 }

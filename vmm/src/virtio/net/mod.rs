@@ -20,8 +20,8 @@ use thiserror::Error;
 use virtio_queue::QueueT as _;
 use vmm_api::net::{Backend as BackendKind, MAX_QUEUE_PAIRS, MIN_MTU, NetDevice, NetStats, RateLimit};
 
-use super::{ActivateError, Activation, ActiveQueue, VirtioDevice};
-use crate::event_loop::{EventSet, Registry, lock};
+use super::{ActivateError, Activation, ActiveQueue, RING, VirtioDevice};
+use crate::event_loop::{Registry, lock};
 use backend::Backend;
 use control::ControlQueue;
 use rx::Rx;
@@ -240,7 +240,7 @@ impl Net {
         let fd = control.as_raw_fd();
         let control = Arc::new(Mutex::new(control));
         self.registry
-            .add(fd, EventSet::IN, 0, control.clone())
+            .add(fd, RING, 0, control.clone())
             .map_err(|source| ActivateError::Host { action: "watch a queue", source })?;
         self.control = Some(control);
         Ok(())

@@ -18,7 +18,7 @@ use super::shared::{Shared, count};
 use super::tx::{Sending, Tx, TxError};
 use crate::device_thread::DeviceThread;
 use crate::jail::ThreadKind;
-use crate::virtio::GuestMemory;
+use crate::virtio::{GuestMemory, RING};
 
 /// Frames for the guest in one turn.
 const RX_BATCH: usize = 256;
@@ -260,15 +260,12 @@ impl Serving {
     }
 }
 
-const RX_KICK: u64 = 0;
-const TX_KICK: u64 = 1;
-const BACKEND: u64 = 2;
-const WAKE: u64 = 3;
+const DOORBELL: u64 = 0;
+const BACKEND: u64 = 1;
 
 /// What a worker waits for.
 struct Watch {
     epoll: Epoll,
-    kicks: [EventFd; 3],
     backend: RawFd,
     /// What the backend is watched for; nothing when it is not watched.
     interest: Option<EventSet>,
@@ -277,11 +274,10 @@ struct Watch {
 impl Watch {
     fn create(pair: &Pair, wake: &EventFd) -> io::Result<Self> {
         let epoll = Epoll::new()?;
-        let kicks = [pair.rx.active.kick.try_clone()?, pair.tx.active.kick.try_clone()?, wake.try_clone()?];
-        for (kick, token) in kicks.iter().zip([RX_KICK, TX_KICK, WAKE]) {
-            epoll.ctl(ControlOperation::Add, kick.as_raw_fd(), EpollEvent::new(EventSet::IN, token))?;
+        for doorbell in [&pair.rx.active.kick, &pair.tx.active.kick, wake] {
+            epoll.ctl(ControlOperation::Add, doorbell.as_raw_fd(), EpollEvent::new(RING, DOORBELL))?;
         }
-        Ok(Self { epoll, kicks, backend: pair.backend.fd().as_raw_fd(), interest: None })
+        Ok(Self { epoll, backend: pair.backend.fd().as_raw_fd(), interest: None })
     }
 
     /// Waits for an event; true when the backend's other side is gone.
@@ -293,16 +289,10 @@ impl Watch {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             other => other?,
         };
-        let mut lost = false;
-        for event in &events[..count] {
-            match event.data() {
-                RX_KICK => drop(self.kicks[0].read()),
-                TX_KICK => drop(self.kicks[1].read()),
-                WAKE => drop(self.kicks[2].read()),
-                _ => lost |= event.event_set().intersects(EventSet::ERROR | EventSet::HANG_UP),
-            }
-        }
-        Ok(lost)
+        let is_lost = |event: &EpollEvent| {
+            event.data() == BACKEND && event.event_set().intersects(EventSet::ERROR | EventSet::HANG_UP)
+        };
+        Ok(events[..count].iter().any(is_lost))
     }
 
     fn set_interest(&mut self, interest: EventSet) -> io::Result<()> {

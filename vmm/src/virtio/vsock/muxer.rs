@@ -20,7 +20,7 @@ use super::packet::{
 };
 use crate::device_thread::DeviceThread;
 use crate::event_loop::{EventSet, EventSource, Registry, SharedSource};
-use crate::virtio::{ActivateError, Activation, ActiveQueue, GuestMemory};
+use crate::virtio::{ActivateError, Activation, ActiveQueue, GuestMemory, RING};
 
 const HOST_CID: u64 = 2;
 /// Most connections at once.
@@ -81,7 +81,7 @@ impl Muxer {
         });
         for (fd, token) in [(rx_fd, TOKEN_RX), (tx_fd, TOKEN_TX)] {
             registry
-                .add(fd, EventSet::IN, token, muxer.clone())
+                .add(fd, RING, token, muxer.clone())
                 .map_err(|source| ActivateError::Host { action: "watch a queue", source })?;
         }
         Ok(muxer)
@@ -417,15 +417,8 @@ impl EventSource for Muxer {
             return;
         }
         let outcome = match token {
-            TOKEN_RX => {
-                // The counters are of no interest.
-                let _ = self.rx.kick.read();
-                Ok(())
-            }
-            TOKEN_TX => {
-                let _ = self.tx.kick.read();
-                self.take_packets()
-            }
+            TOKEN_RX => Ok(()),
+            TOKEN_TX => self.take_packets(),
             token => {
                 self.socket_ready(Ports::from_token(token), ready);
                 Ok(())

@@ -118,7 +118,7 @@ impl Interface {
         self.memory.write_slice(&[4, 0, count, 0, 0xff], GuestAddress(COMMAND)).expect("in RAM");
         self.control.put(&[(COMMAND, 4, false), (COMMAND + 4, 1, true)]);
         let control = self.net.control.clone().expect("a control queue");
-        lock(&control).on_event(0, EventSet::IN);
+        lock(&control).on_event(0, RING);
         self.memory.read_obj(GuestAddress(COMMAND + 4)).expect("in RAM")
     }
 

@@ -1,0 +1,169 @@
+"""Instructions from a command line to the container's first line of output, by a clock that counts them. Called by `instructions`."""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+# A line at once, and then nothing.
+COMMAND = ["sh", "-c", "echo ready; exec sleep 1000"]
+CGROUPS = Path("/sys/fs/cgroup")
+# What has been scheduled away by then is accounted.
+SETTLE_S = 0.2
+EVENT = re.compile(r"\s*(?P<thread>.+)-\d+\s+\[\d+\] \S+\s+(?P<time>\d+): (?P<name>\w+):")
+
+
+class Cgroup:
+    """A cgroup with one for the command and room for those of what it starts."""
+
+    def __init__(self, name):
+        self.name = f"/{name}"
+        self.path = CGROUPS / name
+
+    def __enter__(self):
+        self.path.mkdir()
+        controllers = (self.path / "cgroup.controllers").read_text().split()
+        (self.path / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in controllers))
+        (self.path / "command").mkdir()
+        return self
+
+    def __exit__(self, *_):
+        (self.path / "cgroup.kill").write_text("1")
+        while "populated 1" in (self.path / "cgroup.events").read_text():
+            time.sleep(0.01)
+        for folder, _, _ in os.walk(self.path, topdown=False):
+            os.rmdir(folder)
+
+    def enter(self):
+        (self.path / "command/cgroup.procs").write_text("0")
+
+    def used(self):
+        """CPU time of all in it, in nanoseconds, each of which is an instruction."""
+        stat = (self.path / "cpu.stat").read_text()
+        return int(re.search(r"usage_usec (\d+)", stat)[1]) * 1000
+
+
+class Trace:
+    """Entries to guests and exits, and what the VMM sends, in an own instance of tracefs."""
+
+    EVENTS = ("kvm/kvm_entry", "kvm/kvm_exit", "syscalls/sys_enter_sendmsg")
+
+    def __enter__(self):
+        self.path = Path(f"/sys/kernel/tracing/instances/bench-{os.getpid()}")
+        self.path.mkdir()
+        for file, value in ("trace_clock", "x86-tsc"), ("buffer_size_kb", "65536"):
+            (self.path / file).write_text(value)
+        for event in self.EVENTS:
+            (self.path / "events" / event / "enable").write_text("1")
+        return self
+
+    def __exit__(self, *_):
+        self.path.rmdir()
+
+    def instructions(self):
+        """What the guest has executed in all, and when the VMM passed its agent's connection on."""
+        (self.path / "tracing_on").write_text("0")
+        entered, executed, agent = None, 0, None
+        for event in map(EVENT.match, (self.path / "trace").read_text().splitlines()):
+            match event and (event["name"], int(event["time"])):
+                case "kvm_entry", moment:
+                    entered = moment
+                case "kvm_exit", moment if entered:
+                    executed += moment - entered
+                    entered = None
+                case "sys_enter_sendmsg", _ if executed and agent is None and event["thread"] == "vmm":
+                    agent = executed
+        return {"guest": executed, "guest until the agent is ready": agent}
+
+
+def until_output(command, environment, traced=contextlib.nullcontext):
+    """Starts a command and waits for its first line; returns what that took, and removes all that was started."""
+    with Cgroup(f"bench-{os.getpid()}") as cgroup, traced() as trace:
+        words = [str(word).replace("CGROUP", cgroup.name) for word in command]
+        process = subprocess.Popen(
+            words, env={**os.environ, **environment}, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, preexec_fn=cgroup.enter
+        )
+        line = process.stdout.readline()
+        assert line == b"ready\n", line
+        guest = trace.instructions() if trace else {}
+        time.sleep(SETTLE_S)
+        used = cgroup.used()
+        process.kill()
+        process.wait()
+        return guest or {"instructions": used}
+
+
+class Subjects:
+    """Who runs the command, and how."""
+
+    def __init__(self, folder, unconfined):
+        self.folder, self.unconfined = folder, unconfined
+        rootfs = folder / "rootfs"
+        for name in "bin", "dev", "etc", "proc", "sys", "tmp":
+            (rootfs / name).mkdir(parents=True)
+        subprocess.run(["cp", "/bin/busybox", rootfs / "bin"], check=True)
+        for name in "sh", "sleep":
+            (rootfs / "bin" / name).symlink_to("busybox")
+        subprocess.run(["runc", "spec"], check=True, cwd=folder)
+        config = json.loads((folder / "config.json").read_text())
+        config["process"] |= {"terminal": False, "args": COMMAND}
+        config["linux"]["cgroupsPath"] = f"/bench-{os.getpid()}/container"
+        (folder / "config.json").write_text(json.dumps(config))
+
+    def vmrun(self, vmm=None, **options):
+        run, data = self.folder / "run", self.folder / "data"
+        words = [os.environ["VMRUN"], "--root", run, "--data-root", data, "--cgroup-parent", "CGROUP/vms"]
+        environment = {"VMRUN_VMM": vmm} if vmm else {}
+        counts = until_output([*words, "run", "--rm", "--memory", "128m", f"rootfs:{self.folder / 'rootfs'}", *COMMAND], environment, **options)
+        subprocess.run([*words[:5], "gc"], check=True, stdout=subprocess.DEVNULL)
+        return counts
+
+    def runc(self):
+        counts = until_output(["runc", "run", "--bundle", self.folder, "bench"], {})
+        subprocess.run(["runc", "delete", "--force", "bench"], check=True)
+        return counts
+
+    def all(self):
+        return {
+            "vmrun run": self.vmrun,
+            "vmrun run, VMM not confined": lambda: self.vmrun(self.unconfined),
+            "vmrun run, its guest": lambda: self.vmrun(traced=Trace),
+            "runc run": self.runc,
+        }
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--unconfined", required=True)
+    parser.add_argument("--json", required=True, type=Path)
+    parser.add_argument("--rounds", type=int, required=True)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        subjects = Subjects(Path(folder), arguments.unconfined).all()
+        samples = {}
+        for number in range(arguments.rounds + 1):
+            for name, run in subjects.items():
+                counts = run()
+                # What is read for the first time comes from the disk.
+                if number:
+                    samples.setdefault(name, []).append(counts)
+    arguments.json.write_text(json.dumps(samples, indent=2))
+    print("| million instructions to the first line of output | median | lowest to highest |\n|---|---|---|")
+    median = {}
+    for name, runs in samples.items():
+        for count in runs[0]:
+            values = [run[count] / 1e6 for run in runs]
+            median[name, count] = statistics.median(values)
+            print(f"| {name}{'' if count == 'instructions' else ': ' + count} | {median[name, count]:.1f} | {min(values):.1f} to {max(values):.1f} |")
+    of = lambda name: median[name, "instructions"]
+    print(f"\nConfinement {100 * (of('vmrun run') / of('vmrun run, VMM not confined') - 1):.1f} %, to `runc run` {of('vmrun run') / of('runc run'):.1f}")
+
+
+if __name__ == "__main__":
+    main()
