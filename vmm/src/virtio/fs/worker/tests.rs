@@ -122,6 +122,25 @@ impl Share {
     }
 }
 
+/// Numbers of Linux (`include/uapi/linux/fuse.h`).
+#[test]
+fn what_a_share_does_not_need_is_refused_by_its_number() {
+    const LOCKS: [u32; 3] = [31, 32, 33];
+    const BMAP: u32 = 37;
+    const IOCTL: u32 = 39;
+    const POLL: u32 = 40;
+    const NOTIFY_REPLY: u32 = 41;
+    const MAPPINGS: [u32; 2] = [48, 49];
+    const TMPFILE: u32 = 51;
+    let mut refused = [&LOCKS[..], &[BMAP, IOCTL, POLL, NOTIFY_REPLY], &MAPPINGS, &[TMPFILE]].concat();
+    // No later kernel's either.
+    refused.extend((52..64).chain([4096, u32::MAX]));
+    for opcode in refused {
+        let mut share = Share::new();
+        assert_eq!(share.ask(opcode, &[0; 128]).expect("an answer").0, -libc::ENOSYS, "{opcode}");
+    }
+}
+
 #[test]
 fn a_name_that_leads_out_of_the_share_is_refused_by_every_request_that_has_one() {
     let mut share = Share::new();
