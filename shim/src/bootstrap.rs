@@ -139,6 +139,8 @@ fn launch(request: &Request, arguments: &Arguments, bundle: &Path, socket: &Path
     command.args(["-publish-binary", &arguments.publish_binary]).arg("-bundle").arg(bundle).arg("-socket").arg(socket);
     command.stdin(OwnedFd::from(listener)).stdout(Stdio::null()).stderr(Stdio::null()).current_dir("/");
     command.envs(config.artifacts.variables().map(|(variable, path)| (variable, path.as_os_str())));
+    // glibc would give each thread that comes with a container memory of its own, and keep it when the thread is gone.
+    command.env("MALLOC_ARENA_MAX", "1");
     if let Some(path) = config_path {
         command.env(config::VARIABLE, path);
     }

@@ -16,7 +16,7 @@ COMMAND = ["sh", "-c", "echo ready; exec sleep 1000"]
 CGROUPS = Path("/sys/fs/cgroup")
 # What has been scheduled away by then is accounted.
 SETTLE_S = 0.2
-EVENT = re.compile(r"\s*(?P<thread>.+)-\d+\s+\[\d+\] \S+\s+(?P<time>\d+): (?P<name>\w+):")
+EVENT = re.compile(r"\s*(?P<thread>.+)-\d+\s+\[\d+\] \S+\s+(?P<time>\d+): (?P<name>\w+)[:(]")
 
 
 class Cgroup:
@@ -77,7 +77,7 @@ class Trace:
                 case "kvm_exit", moment if entered:
                     executed += moment - entered
                     entered = None
-                case "sys_enter_sendmsg", _ if executed and agent is None and event["thread"] == "vmm":
+                case "sys_sendmsg", _ if executed and agent is None and event["thread"] == "vmm":
                     agent = executed
         return {"guest": executed, "guest until the agent is ready": agent}
 

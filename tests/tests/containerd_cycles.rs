@@ -143,8 +143,12 @@ fn processes_leave_nothing_in_their_container(containerd: &mut Containerd) {
         };
         burst(0).await;
         let before = Held::by(containerd);
-        for number in 1..=number_of(1000, 50) / AT_A_TIME {
+        let bursts = number_of(1000, 50) / AT_A_TIME;
+        for number in 1..=bursts {
             burst(number).await;
+            if number % bursts.div_ceil(4) == 0 {
+                println!("after {} execs {:?}", number * AT_A_TIME, Held::by(containerd));
+            }
         }
         assert_held(containerd, before);
         task.kill_and_remove().await.expect("removed");
