@@ -48,8 +48,9 @@ test: packages lint-rest
 	tests/run
 
 # Counts and ratios, explained in tests/bench/README.md.
-bench: build
+bench: build unfiltered-vmm
 	tests/bench/kernel-boot
+	tests/bench/instructions
 	tests/bench/start
 	tests/bench/network
 	tests/bench/files

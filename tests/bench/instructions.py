@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import tempfile
@@ -100,10 +101,13 @@ def until_output(command, environment, traced=contextlib.nullcontext):
 
 
 class Subjects:
-    """Who runs the command, and how."""
+    """Who runs the command, and how. Programs are in memory: what an emulated host takes to read its files is not ours."""
 
     def __init__(self, folder, unconfined):
-        self.folder, self.unconfined = folder, unconfined
+        self.folder = folder
+        self.unconfined = shutil.copy(unconfined, folder)
+        for variable in "VMRUN", "VMRUN_VMM", "VMRUN_KERNEL", "VMRUN_ROOTFS":
+            os.environ[variable] = shutil.copy(os.environ[variable], folder)
         rootfs = folder / "rootfs"
         for name in "bin", "dev", "etc", "proc", "sys", "tmp":
             (rootfs / name).mkdir(parents=True)
