@@ -103,9 +103,10 @@ def until_output(command, environment, traced=contextlib.nullcontext):
 class Subjects:
     """Who runs the command, and how. Programs are in memory: what an emulated host takes to read its files is not ours."""
 
-    def __init__(self, folder, unconfined):
+    def __init__(self, folder, unfiltered):
         self.folder = folder
-        self.unconfined = shutil.copy(unconfined, folder)
+        # What its name says, it does.
+        self.unconfined = shutil.copy(unfiltered, folder / "unconfined")
         for variable in "VMRUN", "VMRUN_VMM", "VMRUN_KERNEL", "VMRUN_ROOTFS":
             os.environ[variable] = shutil.copy(os.environ[variable], folder)
         rootfs = folder / "rootfs"
@@ -144,12 +145,12 @@ class Subjects:
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--unconfined", required=True)
+    parser.add_argument("--unfiltered", required=True)
     parser.add_argument("--json", required=True, type=Path)
     parser.add_argument("--rounds", type=int, required=True)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        subjects = Subjects(Path(folder), arguments.unconfined).all()
+        subjects = Subjects(Path(folder), arguments.unfiltered).all()
         samples = {}
         for number in range(arguments.rounds + 1):
             for name, run in subjects.items():
