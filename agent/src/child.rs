@@ -98,12 +98,6 @@ fn exec(id: &str, exec_id: &str, console: &str) -> Result<()> {
     Ok(())
 }
 
-/// An error's text with those of its causes.
-fn with_causes(error: &dyn std::error::Error) -> String {
-    let source = error.source().map(|source| format!(": {}", with_causes(source)));
-    format!("{error}{}", source.unwrap_or_default())
-}
-
 /// In a process of its own because the kernel may reclaim for long before a lower limit holds.
 fn update(cgroup: &str, resources: &str) -> Result<()> {
     use libcgroups::common::{CgroupConfig, CgroupManager as _, ControllerOpt, create_cgroup_manager};

@@ -85,8 +85,12 @@ fn linux(linux: &Linux) -> Checked {
     }
     if let Some(seccomp) = linux.seccomp() {
         refuse(seccomp.listener_path().is_some(), "linux.seccomp.listenerPath")?;
-        let notifies = seccomp.syscalls().iter().flatten().any(|s| s.action() == LinuxSeccompAction::ScmpActNotify);
-        refuse(notifies, "the seccomp action SCMP_ACT_NOTIFY")?;
+        let mut actions =
+            seccomp.syscalls().iter().flatten().map(|rule| rule.action()).chain([seccomp.default_action()]);
+        refuse(
+            actions.any(|action| action == LinuxSeccompAction::ScmpActNotify),
+            "the seccomp action SCMP_ACT_NOTIFY",
+        )?;
     }
     linux.resources().as_ref().map_or(Ok(()), resources)
 }

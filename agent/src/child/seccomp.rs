@@ -5,26 +5,17 @@
 //! io_uring makes sockets too, where a profile or the lack of one allows it: the host takes what comes from there for a stream
 //! only by an id that no container knows.
 
-use libcontainer::seccomp::initialize_seccomp;
-use oci_spec::OciSpecError;
+use std::collections::HashSet;
+
+use libseccomp::error::SeccompError;
+use libseccomp::{ScmpAction, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall};
 use oci_spec::runtime::{
-    Arch, Capability, LinuxCapabilities, LinuxNamespaceType, LinuxSeccomp, LinuxSeccompArg, LinuxSeccompArgBuilder,
-    LinuxSeccompOperator, Spec,
+    Capability, LinuxCapabilities, LinuxNamespaceType, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg,
+    LinuxSeccompFilterFlag, LinuxSeccompOperator, LinuxSyscall, Spec,
 };
+use rustix::net::AddressFamily;
 
-use super::{namespaces, with_causes};
-
-/// EPERM for AF_VSOCK (40). Of the argument the kernel reads 32 bits. With the numbers of x32, which a filter that does not
-/// list them would end the process for.
-const WITHOUT_VSOCK: &str = r#"{
-    "defaultAction": "SCMP_ACT_ALLOW",
-    "architectures": ["SCMP_ARCH_X32"],
-    "syscalls": [{
-        "names": ["socket", "socketpair"],
-        "action": "SCMP_ACT_ERRNO",
-        "args": [{ "index": 0, "op": "SCMP_CMP_MASKED_EQ", "value": 4294967295, "valueTwo": 40 }]
-    }]
-}"#;
+use super::namespaces;
 
 /// What is loaded before a command of a container is executed.
 #[derive(Clone)]
@@ -47,44 +38,104 @@ impl Filters {
     /// it may not allow to load another.
     pub(super) fn load(&self) -> Result<(), String> {
         if !self.is_privileged {
-            let own =
-                serde_json::from_str(WITHOUT_VSOCK).map_err(|error| format!("the agent's own filter: {error}"))?;
-            load(&own)?;
+            load_without_vsock().map_err(|error| format!("the agent's own filter: {error}"))?;
         }
-        self.profile.as_ref().map_or(Ok(()), load)
+        let profile = self.profile.as_ref();
+        profile.map_or(Ok(()), load).map_err(|error| format!("cannot load the seccomp profile: {error}"))
     }
 }
 
-fn load(profile: &LinuxSeccomp) -> Result<(), String> {
-    let profile = for_libcontainer(profile).map_err(|error| format!("cannot read the seccomp profile: {error}"))?;
-    let loaded = initialize_seccomp(&profile);
-    loaded.map(drop).map_err(|error| format!("cannot load the seccomp profile: {}", with_causes(&error)))
+/// EPERM for AF_VSOCK. Of the argument the kernel reads 32 bits.
+fn load_without_vsock() -> Result<(), SeccompError> {
+    let mut filter = filter(ScmpAction::Allow)?;
+    let family = ScmpCompareOp::MaskedEqual(u32::MAX.into());
+    let is_vsock = [ScmpArgCompare::new(0, family, u64::from(AddressFamily::VSOCK.as_raw()))];
+    for call in ["socket", "socketpair"] {
+        filter.add_rule_conditional(ScmpAction::Errno(libc::EPERM), ScmpSyscall::from_name(call)?, &is_vsock)?;
+    }
+    filter.load()
 }
 
-/// `libcontainer` 0.7 takes the mask of SCMP_CMP_MASKED_EQ for the value, and the value for the mask: by the profiles of Docker
-/// and containerd it would allow `clone` with any flags.
-///
-/// Calls of 32-bit programs are left out: the guest's kernel has none (CONFIG_IA32_EMULATION), and rules for them cost a container
-/// a third of the time that its profile takes.
-fn for_libcontainer(profile: &LinuxSeccomp) -> Result<LinuxSeccomp, OciSpecError> {
-    let mut profile = profile.clone();
-    let architectures = profile.architectures().iter().flatten().copied();
-    profile.set_architectures(Some(architectures.filter(|arch| *arch != Arch::ScmpArchX86).collect()));
-    let mut rules = profile.syscalls().clone().unwrap_or_default();
-    for rule in &mut rules {
-        let args: Option<Result<_, _>> = rule.args().as_ref().map(|args| args.iter().map(exchanged).collect());
-        rule.set_args(args.transpose()?);
-    }
-    profile.set_syscalls(Some(rules));
-    Ok(profile)
+/// A filter of the guest's only ABI: the numbers of x32 and of 32-bit programs are what its kernel says of them, not there. So a
+/// profile's architectures say nothing.
+fn filter(otherwise: ScmpAction) -> Result<ScmpFilterContext, SeccompError> {
+    let mut filter = ScmpFilterContext::new(otherwise)?;
+    filter.set_act_badarch(ScmpAction::Errno(libc::ENOSYS))?;
+    // `process.noNewPrivileges` decides.
+    filter.set_ctl_nnp(false)?;
+    // A call is found by halves.
+    filter.set_ctl_optimize(2)?;
+    Ok(filter)
 }
 
-fn exchanged(arg: &LinuxSeccompArg) -> Result<LinuxSeccompArg, OciSpecError> {
-    if arg.op() != LinuxSeccompOperator::ScmpCmpMaskedEq {
-        return Ok(*arg);
+fn load(profile: &LinuxSeccomp) -> Result<(), SeccompError> {
+    let otherwise = action(profile.default_action(), profile.default_errno_ret());
+    let mut filter = filter(otherwise)?;
+    for flag in profile.flags().iter().flatten() {
+        match flag {
+            LinuxSeccompFilterFlag::SeccompFilterFlagLog => filter.set_ctl_log(true),
+            LinuxSeccompFilterFlag::SeccompFilterFlagTsync => filter.set_ctl_tsync(true),
+            LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => filter.set_ctl_ssb(true),
+            LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv => filter.set_ctl_waitkill(true),
+        }?;
     }
-    let (mask, value) = (arg.value(), arg.value_two().unwrap_or(0));
-    LinuxSeccompArgBuilder::default().index(arg.index()).op(arg.op()).value(value).value_two(mask).build()
+    for rule in profile.syscalls().iter().flatten() {
+        let action = action(rule.action(), rule.errno_ret());
+        // libseccomp refuses what changes nothing.
+        if action != otherwise {
+            add(&mut filter, action, rule)?;
+        }
+    }
+    filter.load()
+}
+
+/// Without names that the library does not know: their calls are decided as any other. Several conditions on one argument are
+/// alternatives, as with `runc`.
+fn add(filter: &mut ScmpFilterContext, action: ScmpAction, rule: &LinuxSyscall) -> Result<(), SeccompError> {
+    let conditions: Vec<_> = rule.args().iter().flatten().map(condition).collect();
+    let mut arguments = HashSet::new();
+    let is_all = rule.args().iter().flatten().all(|arg| arguments.insert(arg.index()));
+    for call in rule.names().iter().filter_map(|name| ScmpSyscall::from_name(name).ok()) {
+        let together = if is_all { conditions.len().max(1) } else { 1 };
+        if conditions.is_empty() {
+            filter.add_rule(action, call)?;
+        }
+        for conditions in conditions.chunks(together) {
+            filter.add_rule_conditional(action, call, conditions)?;
+        }
+    }
+    Ok(())
+}
+
+fn condition(arg: &LinuxSeccompArg) -> ScmpArgCompare {
+    let (operator, value) = match arg.op() {
+        LinuxSeccompOperator::ScmpCmpNe => (ScmpCompareOp::NotEqual, arg.value()),
+        LinuxSeccompOperator::ScmpCmpLt => (ScmpCompareOp::Less, arg.value()),
+        LinuxSeccompOperator::ScmpCmpLe => (ScmpCompareOp::LessOrEqual, arg.value()),
+        LinuxSeccompOperator::ScmpCmpEq => (ScmpCompareOp::Equal, arg.value()),
+        LinuxSeccompOperator::ScmpCmpGe => (ScmpCompareOp::GreaterEqual, arg.value()),
+        LinuxSeccompOperator::ScmpCmpGt => (ScmpCompareOp::Greater, arg.value()),
+        // `value` is the mask, `valueTwo` what is left.
+        LinuxSeccompOperator::ScmpCmpMaskedEq => {
+            (ScmpCompareOp::MaskedEqual(arg.value()), arg.value_two().unwrap_or_default())
+        }
+    };
+    ScmpArgCompare::new(u32::try_from(arg.index()).unwrap_or(u32::MAX), operator, value)
+}
+
+fn action(action: LinuxSeccompAction, errno: Option<u32>) -> ScmpAction {
+    let errno = errno.unwrap_or(libc::EPERM.unsigned_abs());
+    match action {
+        LinuxSeccompAction::ScmpActKill | LinuxSeccompAction::ScmpActKillThread => ScmpAction::KillThread,
+        LinuxSeccompAction::ScmpActKillProcess => ScmpAction::KillProcess,
+        LinuxSeccompAction::ScmpActTrap => ScmpAction::Trap,
+        LinuxSeccompAction::ScmpActErrno => ScmpAction::Errno(errno.cast_signed()),
+        LinuxSeccompAction::ScmpActTrace => ScmpAction::Trace(u16::try_from(errno).unwrap_or(u16::MAX)),
+        LinuxSeccompAction::ScmpActLog => ScmpAction::Log,
+        LinuxSeccompAction::ScmpActAllow => ScmpAction::Allow,
+        // `refuse.rs` has refused it: nobody would listen.
+        LinuxSeccompAction::ScmpActNotify => ScmpAction::Notify,
+    }
 }
 
 #[cfg(test)]
@@ -93,7 +144,7 @@ mod tests {
 
     use oci_spec::runtime::Capabilities;
     use rustix::io::Errno;
-    use rustix::net::{AddressFamily, SocketFlags, SocketType, socket, socketpair};
+    use rustix::net::{SocketFlags, SocketType, socket, socketpair};
     use rustix::thread::set_no_new_privs;
     use serde_json::{Value, json};
 
