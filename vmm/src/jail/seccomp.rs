@@ -7,12 +7,11 @@ use std::collections::BTreeMap;
 use std::io;
 
 use libc::c_long;
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
-    TargetArch, apply_filter,
-};
+use seccompiler::{BpfProgram, apply_filter};
 
 use super::{JailError, refused};
+
+mod program;
 
 /// What a thread is for.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -38,63 +37,65 @@ struct Allowed {
     when: When,
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 enum When {
     Always,
+    /// ENOSYS, as from a kernel without it: the caller does without.
+    NotThere,
     /// The argument of this index has one of these values.
-    OneOf(u8, &'static [u64]),
+    OneOf(u32, &'static [u32]),
     /// It has none of these bits.
-    Without(u8, u64),
+    Without(u32, u32),
     /// It is our process id.
-    OwnProcess(u8),
+    OwnProcess(u32),
 }
 
 const fn always(call: c_long) -> Allowed {
     Allowed { call, when: When::Always }
 }
 
-const fn one_of(call: c_long, argument: u8, values: &'static [u64]) -> Allowed {
+const fn one_of(call: c_long, argument: u32, values: &'static [u32]) -> Allowed {
     Allowed { call, when: When::OneOf(argument, values) }
 }
 
-const fn without(call: c_long, argument: u8, bits: u64) -> Allowed {
+const fn without(call: c_long, argument: u32, bits: u32) -> Allowed {
     Allowed { call, when: When::Without(argument, bits) }
 }
 
-const EXECUTABLE: u64 = 4; // PROT_EXEC
-const KVM_RUN: u64 = 0xae80;
-const KVM_IOEVENTFD: u64 = 0x4040_ae79;
-const KVM_SIGNAL_MSI: u64 = 0x4020_aea5;
-const KVM_GET_REGS: u64 = 0x8090_ae81;
-const KVM_GET_SREGS: u64 = 0x8138_ae83;
-const TUNGETIFF: u64 = 0x8004_54d2;
-const TUNSETVNETHDRSZ: u64 = 0x4004_54d8;
-const TUNSETOFFLOAD: u64 = 0x4004_54d0;
-const TUNSETQUEUE: u64 = 0x4004_54d9;
-const KVM_IRQFD: u64 = 0x4020_ae76;
-const KVM_SET_GSI_ROUTING: u64 = 0x4008_ae6a;
-const VHOST_GET_FEATURES: u64 = 0x8008_af00;
-const VHOST_SET_FEATURES: u64 = 0x4008_af00;
-const VHOST_SET_OWNER: u64 = 0xaf01;
-const VHOST_SET_MEM_TABLE: u64 = 0x4008_af03;
-const VHOST_SET_VRING_NUM: u64 = 0x4008_af10;
-const VHOST_SET_VRING_ADDR: u64 = 0x4028_af11;
-const VHOST_SET_VRING_BASE: u64 = 0x4008_af12;
-const VHOST_SET_VRING_KICK: u64 = 0x4008_af20;
-const VHOST_SET_VRING_CALL: u64 = 0x4008_af21;
-const VHOST_NET_SET_BACKEND: u64 = 0x4008_af30;
-const FIONBIO: u64 = 0x5421;
-const PR_SET_NAME: u64 = 15;
-const PR_CAPBSET_READ: u64 = 23;
-const PR_SET_NO_NEW_PRIVS: u64 = 38;
-const PR_CAP_AMBIENT: u64 = 47;
-const SECCOMP_SET_MODE_FILTER: u64 = 1;
-const CLONE_FS: u64 = 0x200;
+const EXECUTABLE: u32 = 4; // PROT_EXEC
+const KVM_RUN: u32 = 0xae80;
+const KVM_IOEVENTFD: u32 = 0x4040_ae79;
+const KVM_SIGNAL_MSI: u32 = 0x4020_aea5;
+const KVM_GET_REGS: u32 = 0x8090_ae81;
+const KVM_GET_SREGS: u32 = 0x8138_ae83;
+const TUNGETIFF: u32 = 0x8004_54d2;
+const TUNSETVNETHDRSZ: u32 = 0x4004_54d8;
+const TUNSETOFFLOAD: u32 = 0x4004_54d0;
+const TUNSETQUEUE: u32 = 0x4004_54d9;
+const KVM_IRQFD: u32 = 0x4020_ae76;
+const KVM_SET_GSI_ROUTING: u32 = 0x4008_ae6a;
+const VHOST_GET_FEATURES: u32 = 0x8008_af00;
+const VHOST_SET_FEATURES: u32 = 0x4008_af00;
+const VHOST_SET_OWNER: u32 = 0xaf01;
+const VHOST_SET_MEM_TABLE: u32 = 0x4008_af03;
+const VHOST_SET_VRING_NUM: u32 = 0x4008_af10;
+const VHOST_SET_VRING_ADDR: u32 = 0x4028_af11;
+const VHOST_SET_VRING_BASE: u32 = 0x4008_af12;
+const VHOST_SET_VRING_KICK: u32 = 0x4008_af20;
+const VHOST_SET_VRING_CALL: u32 = 0x4008_af21;
+const VHOST_NET_SET_BACKEND: u32 = 0x4008_af30;
+const FIONBIO: u32 = 0x5421;
+const PR_SET_NAME: u32 = 15;
+const PR_CAPBSET_READ: u32 = 23;
+const PR_SET_NO_NEW_PRIVS: u32 = 38;
+const PR_CAP_AMBIENT: u32 = 47;
+const SECCOMP_SET_MODE_FILTER: u32 = 1;
+const CLONE_FS: u32 = 0x200;
 /// What the C library starts a thread with: everything is shared, and no namespace is new.
-const CLONE_THREAD: u64 = 0x003d_0f00;
-const AF_UNIX: u64 = 1;
+const CLONE_THREAD: u32 = 0x003d_0f00;
+const AF_UNIX: u32 = 1;
 /// `F_GETFD`, `F_SETFD`, `F_GETFL`, `F_SETFL`, `F_DUPFD_CLOEXEC`.
-const DESCRIPTOR_FLAGS: &[u64] = &[1, 2, 3, 4, 1030];
+const DESCRIPTOR_FLAGS: &[u32] = &[1, 2, 3, 4, 1030];
 
 /// Of every thread: memory, locks, the time of a log line and its text.
 const COMMON: &[Allowed] = &[
@@ -220,7 +221,7 @@ const VSOCK_FINISH: &[Allowed] =
     &[one_of(libc::SYS_ioctl, 1, &[FIONBIO]), one_of(libc::SYS_fcntl, 1, DESCRIPTOR_FLAGS), always(libc::SYS_sendto)];
 
 /// Of rings that the host's kernel serves, and of the interrupts that it sends for them.
-const VHOST: &[u64] = &[
+const VHOST: &[u32] = &[
     KVM_IRQFD,
     KVM_SET_GSI_ROUTING,
     VHOST_GET_FEATURES,
@@ -238,8 +239,8 @@ const VHOST: &[u64] = &[
 /// Beside all that its children may do, whose filters only add to this one.
 const DEVICES: &[Allowed] = &[
     one_of(libc::SYS_clone, 0, &[CLONE_THREAD]),
-    // Refused by `without_clone3`, but not deadly.
-    always(libc::SYS_clone3),
+    // Its flags are in memory, where a filter cannot see them; the C library starts threads by clone(2) then.
+    Allowed { call: libc::SYS_clone3, when: When::NotThere },
     always(libc::SYS_epoll_create1),
     always(libc::SYS_eventfd2),
     one_of(libc::SYS_ioctl, 1, &[KVM_IOEVENTFD, TUNGETIFF, TUNSETVNETHDRSZ, TUNSETOFFLOAD, FIONBIO]),
@@ -278,19 +279,9 @@ pub(super) struct Filters {
 }
 
 impl Filters {
-    /// Makes the filters, and takes the one call from the whole process whose flags a filter cannot see. The C library then
-    /// starts threads by clone(2).
-    pub(super) fn load() -> Result<Self, JailError> {
-        let refused = refused("load a filter of system calls");
-        let clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
-        let not_there = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
-        let clone3 = filter(clone3, SeccompAction::Allow, not_there).map_err(&refused)?;
-        apply_filter(&clone3).map_err(io::Error::other).map_err(&refused)?;
-        let compiled = ThreadKind::ALL.into_iter().map(|kind| {
-            let rules = rules(kind)?;
-            Ok((kind, filter(rules, SeccompAction::KillProcess, SeccompAction::Allow)?))
-        });
-        let programs = compiled.collect::<io::Result<_>>().map_err(&refused)?;
+    pub(super) fn new() -> Result<Self, JailError> {
+        let programs = ThreadKind::ALL.into_iter().map(|kind| Ok((kind, program::program(&calls(kind))?)));
+        let programs = programs.collect::<io::Result<_>>().map_err(refused("make the filters of system calls"))?;
         Ok(Self { programs, left_out: None })
     }
 
@@ -309,43 +300,13 @@ impl Filters {
     }
 }
 
-fn filter(
-    rules: BTreeMap<c_long, Vec<SeccompRule>>,
-    otherwise: SeccompAction,
-    matching: SeccompAction,
-) -> io::Result<BpfProgram> {
-    let arch = TargetArch::try_from(std::env::consts::ARCH).map_err(io::Error::other)?;
-    let filter = SeccompFilter::new(rules, otherwise, matching, arch).map_err(io::Error::other)?;
-    filter.try_into().map_err(io::Error::other)
-}
-
-/// What is allowed always in one list and sometimes in another is allowed always; no rules mean always.
-fn rules(kind: ThreadKind) -> io::Result<BTreeMap<c_long, Vec<SeccompRule>>> {
-    let mut rules = BTreeMap::<c_long, Vec<SeccompRule>>::new();
-    let allowed = || kind.lists().iter().copied().flatten();
-    for Allowed { call, when } in allowed() {
-        rules.entry(*call).or_default().extend(alternatives(*when)?);
+/// What is allowed always in one list and sometimes in another is allowed always.
+fn calls(kind: ThreadKind) -> BTreeMap<c_long, Vec<When>> {
+    let mut calls = BTreeMap::<c_long, Vec<When>>::new();
+    for Allowed { call, when } in kind.lists().iter().copied().flatten() {
+        calls.entry(*call).or_default().push(*when);
     }
-    for Allowed { call, .. } in allowed().filter(|allowed| matches!(allowed.when, When::Always)) {
-        rules.insert(*call, Vec::new());
-    }
-    Ok(rules)
-}
-
-/// Each is enough.
-fn alternatives(when: When) -> io::Result<Vec<SeccompRule>> {
-    let (argument, comparisons) = match when {
-        When::Always => return Ok(Vec::new()),
-        When::OneOf(argument, values) => {
-            (argument, values.iter().map(|value| (SeccompCmpOp::Eq, *value)).collect::<Vec<_>>())
-        }
-        When::Without(argument, bits) => (argument, vec![(SeccompCmpOp::MaskedEq(bits), 0)]),
-        When::OwnProcess(argument) => (argument, vec![(SeccompCmpOp::Eq, std::process::id().into())]),
-    };
-    // Of every argument that is looked at, the kernel ignores the upper half or refuses to have anything in it.
-    let condition = |(operator, value)| SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value);
-    let rule = |comparison| SeccompRule::new(vec![condition(comparison)?]);
-    comparisons.into_iter().map(|comparison| rule(comparison).map_err(io::Error::other)).collect()
+    calls
 }
 
 #[cfg(test)]
