@@ -1,7 +1,8 @@
 //! Guest RAM: one sealed memfd, mapped below and above the hole that holds PCI windows and interrupt controllers.
 //!
-//! Decided: what is loaded at boot lies in large pages of the host. Because: KVM then maps it with an exit for 2 MiB, and not for 4 KiB,
-//! and loading it faults as rarely. Instead of: large pages for all of RAM, which would make a guest that touches little use much.
+//! Decided: what each guest touches before its first container runs lies in large pages of the host: the kernel, what its allocator gives
+//! first, and its array of pages. Because: KVM then maps it with an exit for 2 MiB, and not for 4 KiB, and loading it faults as rarely.
+//! Instead of: large pages for all of RAM, which would make a guest that touches little use much.
 #![expect(unsafe_code, reason = "a mapping at an address of our choice, and advice about it")]
 
 use std::fs::{self, File};
@@ -15,7 +16,10 @@ use thiserror::Error;
 use vhost_user_backend::bitmap::BitmapMmapRegion;
 use vm_memory::bitmap::NewBitmap as _;
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder, MmapRegionError};
-use vm_memory::{Bytes as _, FileOffset, GuestAddress, GuestMemory as _, GuestRegionCollectionError, GuestRegionMmap};
+use vm_memory::{
+    Address as _, Bytes as _, FileOffset, GuestAddress, GuestMemory as _, GuestMemoryRegion,
+    GuestRegionCollectionError, GuestRegionMmap,
+};
 
 use crate::arch::layout::{HIGH_RAM_START, PCI_HOLE_START};
 use crate::virtio::GuestMemory;
@@ -46,6 +50,13 @@ pub enum MemoryError {
 
 /// Size of a large page of the host.
 const LARGE_PAGE: usize = 2 << 20;
+/// Where the guest's allocator begins: the first large page, of what lies between that and the kernel the upper half, and behind
+/// the kernel what a small container takes.
+const BELOW_KERNEL: u64 = 8 << 20;
+const ABOVE_KERNEL: u64 = 4 << 20;
+/// At the end of RAM is the array of `struct page`, 64 bytes for 4 KiB; and below it per-CPU areas and hash tables.
+const PAGES_TO_THEIR_ARRAY: u64 = 64;
+const TABLES: u64 = 3 << 20;
 /// Linux 6.1. Not in the C library's headers of that time.
 const MADV_COLLAPSE: i32 = 25;
 
@@ -86,19 +97,24 @@ impl Backing {
         if policy.is_ok_and(|policy| !policy.contains("[never]")) { Self::Large } else { Self::Small }
     }
 
-    /// Has the host make these pages of what is about to be loaded at `start`. Only a hint.
-    pub fn prepare(self, memory: &GuestMemory, start: u64, len: u64) {
+    /// Has the host make these pages of what each guest touches, whose kernel is about to be loaded at `kernel` and has this length.
+    /// Only a hint.
+    pub fn prepare(self, memory: &GuestMemory, kernel: u64, len: u64) {
+        let size: u64 = memory.iter().map(GuestMemoryRegion::len).sum();
+        let end = memory.last_addr().raw_value() + 1;
         if self == Self::Large {
-            collapse(memory, start, len);
+            collapse(memory, 0, 1);
+            collapse(memory, kernel - BELOW_KERNEL, kernel + len + ABOVE_KERNEL);
+            collapse(memory, end.saturating_sub(size / PAGES_TO_THEIR_ARRAY + TABLES), end);
         }
     }
 }
 
-fn collapse(memory: &GuestMemory, start: u64, len: u64) {
+fn collapse(memory: &GuestMemory, start: u64, end: u64) {
     let size = LARGE_PAGE as u64;
     let first = start / size * size;
-    let mut last = (start + len).next_multiple_of(size);
-    if !memory.address_in_range(GuestAddress(last - 1)) {
+    let mut last = end.next_multiple_of(size);
+    while last > first && !memory.address_in_range(GuestAddress(last - 1)) {
         last -= size;
     }
     let len = usize::try_from(last.saturating_sub(first)).unwrap_or(0);
@@ -167,7 +183,9 @@ fn regions(size: u64) -> Vec<(u64, u64)> {
 mod tests {
     use proptest::prelude::*;
 
-    use super::{HIGH_RAM_START, PCI_HOLE_START, create, regions};
+    use vm_memory::{Bytes as _, GuestAddress};
+
+    use super::{Backing, HIGH_RAM_START, PCI_HOLE_START, create, regions};
 
     #[test]
     fn small_ram_is_one_range() {
@@ -183,6 +201,16 @@ mod tests {
     fn ram_is_mapped_and_sparse() {
         let memory = create(4096 + 64).expect("memory");
         assert_eq!(vm_memory::GuestMemory::num_regions(&*memory), 2);
+    }
+
+    /// Where the kernel's surroundings or the array of pages reach beyond RAM, or into the hole.
+    #[test]
+    fn large_pages_are_only_a_hint() {
+        for mib in [1, 17, 25, 222, 3073] {
+            let memory = create(mib).expect("memory");
+            Backing::Large.prepare(&memory, 16 << 20, 20 << 20);
+            assert_eq!(memory.read_obj::<u64>(GuestAddress(0)).expect("RAM"), 0, "{mib}");
+        }
     }
 
     proptest! {
