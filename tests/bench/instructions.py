@@ -5,9 +5,11 @@ import contextlib
 import json
 import os
 import re
+import select
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,6 +19,8 @@ COMMAND = ["sh", "-c", "echo ready; exec sleep 1000"]
 CGROUPS = Path("/sys/fs/cgroup")
 # What has been scheduled away by then is accounted.
 SETTLE_S = 0.2
+# By the host's clock: a billion instructions.
+SILENT_S = 1
 EVENT = re.compile(r"\s*(?P<thread>.+)-\d+\s+\[\d+\] \S+\s+(?P<time>\d+): (?P<name>\w+)[:(]")
 
 
@@ -83,6 +87,18 @@ class Trace:
         return {"guest": executed, "guest until the agent is ready": agent}
 
 
+class Silent(Exception):
+    """Nothing was printed: the emulator interrupts a guest that has interrupts off, which then waits for itself. One start in some dozens."""
+
+
+def again_if_silent(run):
+    for _ in range(3):
+        with contextlib.suppress(Silent):
+            return run()
+        print("no output, once more", file=sys.stderr)
+    raise Silent
+
+
 def until_output(command, environment, traced=contextlib.nullcontext):
     """Starts a command and waits for its first line; returns what that took, and removes all that was started."""
     with Cgroup(f"bench-{os.getpid()}") as cgroup, traced() as trace:
@@ -90,6 +106,10 @@ def until_output(command, environment, traced=contextlib.nullcontext):
         process = subprocess.Popen(
             words, env={**os.environ, **environment}, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, preexec_fn=cgroup.enter
         )
+        if not select.select([process.stdout], [], [], SILENT_S)[0]:
+            process.kill()
+            process.wait()
+            raise Silent
         line = process.stdout.readline()
         assert line == b"ready\n", line
         guest = trace.instructions() if trace else {}
@@ -154,7 +174,7 @@ def main():
         samples = {}
         for number in range(arguments.rounds + 1):
             for name, run in subjects.items():
-                counts = run()
+                counts = again_if_silent(run)
                 # What is read for the first time comes from the disk.
                 if number:
                     samples.setdefault(name, []).append(counts)
