@@ -152,7 +152,8 @@ mod tests {
 
     /// What the kernel does with a call: `Documentation/networking/filter.rst`, as far as programs here go.
     fn run(program: &BpfProgram, number: u32, arguments: [u64; 6]) -> u32 {
-        let words = arguments.iter().flat_map(|argument| [*argument as u32, (argument >> 32) as u32]);
+        let bytes: Vec<u8> = arguments.iter().flat_map(|argument| argument.to_le_bytes()).collect();
+        let words = bytes.chunks(4).map(|word| u32::from_le_bytes(word.try_into().expect("4 bytes")));
         let data: Vec<u32> = [number, AUDIT_ARCH, 0, 0].into_iter().chain(words).collect();
         let (mut at, mut loaded) = (0, 0);
         loop {
