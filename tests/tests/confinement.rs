@@ -27,15 +27,15 @@ use vmm_api::Fd;
 const KEPT_CAPABILITIES: &str = "00000000800000db";
 
 const DEADLINE: Duration = Duration::from_secs(60);
-/// How many filters of system calls a thread of each kind has, and how its name begins: one takes clone3(2) from the whole process, one is
-/// its own, and those that the thread `devices` starts have the one of that too. The main thread is the first.
+/// How many filters of system calls a thread of each kind has, and how its name begins: one is its own, and those that the thread
+/// `devices` starts have the one of that too. The main thread is the first.
 const FILTERS: [(ThreadKind, &str, u32); 6] = [
-    (ThreadKind::EventLoop, "", 2),
-    (ThreadKind::Vcpu, "vcpu", 2),
-    (ThreadKind::Devices, "devices", 2),
-    (ThreadKind::Fs, "fs", 3),
-    (ThreadKind::Net, "net", 3),
-    (ThreadKind::VsockFinish, "vsock-finish", 3),
+    (ThreadKind::EventLoop, "", 1),
+    (ThreadKind::Vcpu, "vcpu", 1),
+    (ThreadKind::Devices, "devices", 1),
+    (ThreadKind::Fs, "fs", 2),
+    (ThreadKind::Net, "net", 2),
+    (ThreadKind::VsockFinish, "vsock-finish", 2),
 ];
 /// Threads of the host's kernel in a VMM: of KVM's large pages, and of vhost-net.
 const OF_KERNEL: [&str; 2] = ["kvm-", "vhost-"];
