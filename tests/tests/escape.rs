@@ -115,10 +115,10 @@ fn name_of(number: &str) -> String {
     syscalls::Sysno::new(number).map_or_else(|| format!("number {number}"), |call| call.name().to_owned())
 }
 
-/// The calls that a kind of thread may make with any arguments; lines with a condition have more than a word.
+/// The calls that never end the process; lines with a condition have more than a word, and what is answered by ENOSYS says so.
 fn listed(snapshot: &str, thread: &str) -> BTreeSet<String> {
     let mut lines = snapshot.lines().skip_while(|line| line.split(':').next() != Some(thread));
     assert!(lines.next().is_some(), "{thread} is in the list");
-    let calls = lines.take_while(|line| line.starts_with("  ")).filter(|line| line.split_whitespace().count() == 1);
-    calls.map(|line| line.trim().to_owned()).collect()
+    let calls = lines.take_while(|line| line.starts_with("  ")).map(|line| line.trim().trim_end_matches(" ENOSYS"));
+    calls.filter(|call| !call.contains(' ')).map(str::to_owned).collect()
 }
