@@ -187,6 +187,8 @@ mod tests {
         assert!(with("/linux", "resources", throttle).contains("blockIO.throttle"));
         let escape = json!({ "unified": { "../x/memory.max": "1" } });
         assert!(with("/linux", "resources", escape).contains("unified"));
+        let notifies = json!({ "defaultAction": "SCMP_ACT_NOTIFY" });
+        assert!(with("/linux", "seccomp", notifies).contains("SCMP_ACT_NOTIFY"));
     }
 
     #[test]

@@ -100,13 +100,14 @@ impl Backing {
     /// Has the host make these pages of what each guest touches, whose kernel is about to be loaded at `kernel` and has this length.
     /// Only a hint.
     pub fn prepare(self, memory: &GuestMemory, kernel: u64, len: u64) {
+        if self == Self::Small {
+            return;
+        }
         let size: u64 = memory.iter().map(GuestMemoryRegion::len).sum();
         let end = memory.last_addr().raw_value() + 1;
-        if self == Self::Large {
-            collapse(memory, 0, 1);
-            collapse(memory, kernel - BELOW_KERNEL, kernel + len + ABOVE_KERNEL);
-            collapse(memory, end.saturating_sub(size / PAGES_TO_THEIR_ARRAY + TABLES), end);
-        }
+        collapse(memory, 0, 1);
+        collapse(memory, kernel - BELOW_KERNEL, kernel + len + ABOVE_KERNEL);
+        collapse(memory, end.saturating_sub(size / PAGES_TO_THEIR_ARRAY + TABLES), end);
     }
 }
 
@@ -117,7 +118,7 @@ fn collapse(memory: &GuestMemory, start: u64, end: u64) {
     while last > first && !memory.address_in_range(GuestAddress(last - 1)) {
         last -= size;
     }
-    let len = usize::try_from(last.saturating_sub(first)).unwrap_or(0);
+    let len = usize::try_from(last - first).expect("a 64-bit host");
     // The kernel takes a range without any page for one that was cut off.
     for address in (first..last).step_by(LARGE_PAGE) {
         let _ = memory.write_obj(0_u8, GuestAddress(address));
@@ -182,7 +183,6 @@ fn regions(size: u64) -> Vec<(u64, u64)> {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-
     use vm_memory::{Bytes as _, GuestAddress};
 
     use super::{Backing, HIGH_RAM_START, PCI_HOLE_START, create, regions};

@@ -94,13 +94,10 @@ fn load(profile: &LinuxSeccomp) -> Result<(), SeccompError> {
 fn add(filter: &mut ScmpFilterContext, action: ScmpAction, rule: &LinuxSyscall) -> Result<(), SeccompError> {
     let conditions: Vec<_> = rule.args().iter().flatten().map(condition).collect();
     let mut arguments = HashSet::new();
-    let is_all = rule.args().iter().flatten().all(|arg| arguments.insert(arg.index()));
+    let is_each_alone = !rule.args().iter().flatten().all(|arg| arguments.insert(arg.index()));
+    let alternatives = if is_each_alone { conditions.chunks(1).collect() } else { vec![&conditions[..]] };
     for call in rule.names().iter().filter_map(|name| ScmpSyscall::from_name(name).ok()) {
-        let together = if is_all { conditions.len().max(1) } else { 1 };
-        if conditions.is_empty() {
-            filter.add_rule(action, call)?;
-        }
-        for conditions in conditions.chunks(together) {
+        for conditions in &alternatives {
             filter.add_rule_conditional(action, call, conditions)?;
         }
     }
@@ -221,5 +218,25 @@ mod tests {
         let [unix, _, other] = sockets(filters(&profile, &[], "pid"), [AF_UNIX, AF_VSOCK, AF_KCM]);
         assert_eq!(unix, Some(Errno::OPNOTSUPP));
         assert_ne!(other, Some(Errno::OPNOTSUPP));
+    }
+
+    #[test]
+    fn conditions_hold_together_but_on_one_argument_each_is_enough() {
+        let profile = |args| {
+            json!({
+                "defaultAction": "SCMP_ACT_ALLOW",
+                "syscalls": [{ "names": ["socket", "no_such_call"], "action": "SCMP_ACT_ERRNO", "errnoRet": 95, "args": args }]
+            })
+        };
+        let equal = |index: u32, value: u64| json!({ "index": index, "op": "SCMP_CMP_EQ", "value": value });
+        let is_refused = |args| {
+            sockets(filters(&profile(args), &[], "pid"), [AF_UNIX, AF_VSOCK, AF_KCM])[0] == Some(Errno::OPNOTSUPP)
+        };
+        let (unix, stream) = (equal(0, u64::from(AF_UNIX)), equal(1, 1));
+        assert!(is_refused(json!([])));
+        assert!(is_refused(json!([unix, stream])));
+        assert!(!is_refused(json!([unix, equal(1, 2)])));
+        assert!(is_refused(json!([unix, equal(0, 2)])));
+        assert!(!is_refused(json!([equal(0, 2), equal(0, 3)])));
     }
 }

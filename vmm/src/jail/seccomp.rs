@@ -279,6 +279,7 @@ pub(super) struct Filters {
 }
 
 impl Filters {
+    /// One for each kind of thread.
     pub(super) fn new() -> Result<Self, JailError> {
         let programs = ThreadKind::ALL.into_iter().map(|kind| Ok((kind, program::program(&calls(kind))?)));
         let programs = programs.collect::<io::Result<_>>().map_err(refused("make the filters of system calls"))?;
