@@ -30,6 +30,7 @@ mod sys;
 mod sysctl;
 mod terminal;
 
+use std::panic;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
@@ -43,6 +44,8 @@ fn main() -> anyhow::Result<ExitCode> {
         return init::run();
     }
     anyhow::ensure!(rustix::process::getpid().is_init(), "the agent runs only as PID 1 of a guest");
+    // The console of a quiet guest takes what is written to it and shows nothing.
+    panic::set_hook(Box::new(|panic| sys::log_to_kernel(&format!("agent: {panic}"))));
     if let Err(error) = run() {
         sys::log_to_kernel(&format!("agent: {error:#}"));
     }

@@ -38,16 +38,17 @@ pub enum KernelError {
 }
 
 /// Always on the command line. `reboot=k` resets through the keyboard controller, `panic=-1` does it at once; the MP table
-/// is all the firmware there is, the configuration mechanism of PCI needs no probing, and there is no chipset whose quirks
-/// have to be known early. A kernel that finds one CPU would take out each LOCK prefix, with a switch of page tables for
+/// is all the firmware there is, the configuration mechanism of PCI needs no probing and is read from its copy, and there is no chipset
+/// whose quirks have to be known early. A kernel that finds one CPU would take out each LOCK prefix, with a switch of page tables for
 /// each, and put them back when it finds more: `noreplace-smp`. Interfaces that nobody asked for (`tunl0`, `dummy0`,
 /// `ifb0`, ...) would be seen in each container.
-const COMMAND_LINE_BASE: &str = "reboot=k panic=-1 pci=conf1,lastbus=0,noearly i8042.noaux i8042.nokbd i8042.nopnp i8042.dumbkbd \
+const COMMAND_LINE_BASE: &str = "reboot=k panic=-1 pci=conf1,copy=0xd0000,lastbus=0,noearly i8042.noaux i8042.nokbd i8042.nopnp i8042.dumbkbd \
      random.trust_cpu=on tsc=reliable no_timer_check noreplace-smp cryptomgr.notests \
      fb_tunnels=none dummy.numdummies=0 ifb.numifbs=0";
 /// Without a console nothing is printed until something goes wrong: the early console costs exits only for messages that
-/// are printed, and a panic's last words reach the ring.
-const COMMAND_LINE_QUIET: &str = "quiet loglevel=1 8250.nr_uarts=1 earlycon=uart8250,io,0x3f8,115200 keep_bootcon";
+/// are printed, and a panic's last words reach the ring. The first program's `/dev/console` takes words and has none.
+const COMMAND_LINE_QUIET: &str =
+    "quiet loglevel=1 8250.nr_uarts=0 earlycon=uart8250,io,0x3f8,115200 keep_bootcon console=ttynull";
 const COMMAND_LINE_CONSOLE: &str = "console=ttyS0 8250.nr_uarts=1 earlycon=uart8250,io,0x3f8,115200";
 /// The root image, executed in place.
 const COMMAND_LINE_ROOT: &str = "root=/dev/pmem0 rootfstype=erofs rootflags=dax=always init=/init";
@@ -56,7 +57,7 @@ const COMMAND_LINE_ROOT: &str = "root=/dev/pmem0 rootfstype=erofs rootflags=dax=
 ///
 /// # Errors
 /// [`KernelError::Load`] and [`KernelError::NoPvh`].
-pub fn load_kernel(memory: &GuestMemory, kernel: OwnedFd, backing: Backing) -> Result<u64, KernelError> {
+pub fn load_kernel(memory: &GuestMemory, kernel: OwnedFd, backing: &Backing) -> Result<u64, KernelError> {
     let mut file = File::from(kernel);
     backing.prepare(memory, KERNEL_START, file.metadata().map_err(KernelError::Read)?.len());
     let KernelLoaderResult { pvh_boot_cap, .. } =
@@ -147,7 +148,7 @@ mod tests {
     #[test]
     fn what_is_no_kernel_is_refused() {
         let memory = crate::memory::create(64).expect("memory");
-        let refused = |bytes: &[u8]| load_kernel(&memory, file(bytes).into(), Backing::Small).expect_err("refused");
+        let refused = |bytes: &[u8]| load_kernel(&memory, file(bytes).into(), &Backing::Small).expect_err("refused");
         assert!(matches!(refused(b""), KernelError::Load(_)));
         assert!(matches!(refused(&[0x1f, 0x8b, 8, 0]), KernelError::Load(_)));
         assert!(matches!(refused(&[0x7f; 4096]), KernelError::Load(_)));

@@ -145,4 +145,35 @@ pub fn attack_bus(report: &mut Report) {
         }
         if pci::read::<u32>(0, BAR0) == u32::MAX { Ok(()) } else { Err("something is there") }
     });
+    report.tell(format_args!("bus/the-copy-says-what-the-ports-say"), the_copy_agrees());
+    report.tell(format_args!("bus/the-copy-is-overwritten"), {
+        let first_device = pci::read::<u32>(1, 0);
+        for at in (0..u64::from(SLOT_COUNT) * COPY_OF_SLOT).step_by(4) {
+            write(CONFIG_COPY + at, 0xdead_beef_u32);
+        }
+        let kept = pci::read::<u32>(1, 0) == first_device;
+        // Whoever writes a register finds the others as they are.
+        (0..SLOT_COUNT).for_each(|slot| pci::write(slot, COMMAND, pci::read::<u16>(slot, COMMAND)));
+        if kept && read::<u32>(CONFIG_COPY + COPY_OF_SLOT) == first_device {
+            Ok(())
+        } else {
+            Err("the copy was believed")
+        }
+    });
+}
+
+/// Where the VMM keeps a copy of configuration space, 256 bytes for each function.
+const CONFIG_COPY: u64 = 0xd_0000;
+const COPY_OF_SLOT: u64 = 8 * 256;
+
+fn the_copy_agrees() -> Verdict {
+    for slot in 0..SLOT_COUNT {
+        for register in (0..=252_u8).step_by(4) {
+            let copied: u32 = read(CONFIG_COPY + u64::from(slot) * COPY_OF_SLOT + u64::from(register));
+            if copied != pci::read::<u32>(slot, register) {
+                return Err("a register differs");
+            }
+        }
+    }
+    Ok(())
 }

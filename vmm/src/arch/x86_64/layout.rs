@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   0x0000_0000  RAM        0x6000 PVH start info, 0x7000 memory map, 0x2_0000 command line
-//!   0x0009_fc00  reserved   0xf_0000 MP table
+//!   0x0009_fc00  reserved   0xd_0000 copy of PCI configuration space, 0xf_0000 MP table
 //!   0x0010_0000  RAM        kernel
 //!   0xc000_0000  hole       PCI windows; 0xe000_0000 root image; local APIC
 //!   0x1_0000_0000 RAM       the rest
@@ -18,6 +18,8 @@ pub const COMMAND_LINE: u64 = 0x2_0000;
 pub const COMMAND_LINE_MAX: usize = 2048;
 /// End of conventional memory.
 pub const LOW_RAM_END: u64 = 0x9_fc00;
+/// Copy of the configuration space of PCI bus 0, in the area where adapters would have their ROMs.
+pub const PCI_CONFIG_COPY: u64 = 0xd_0000;
 /// MultiProcessor floating pointer, in the area where a BIOS would be.
 pub const MP_TABLE: u64 = 0xf_0000;
 /// RAM above the first megabyte.

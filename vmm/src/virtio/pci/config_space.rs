@@ -14,7 +14,8 @@ const FIRST_CAPABILITY: usize = 0x40;
 const STATUS_CAPABILITIES: u16 = 1 << 4;
 /// Memory space, bus master and interrupt disable.
 const COMMAND_WRITABLE: u16 = 1 << 1 | 1 << 2 | 1 << 10;
-const LEN: usize = 256;
+/// Length of a function's registers, in bytes.
+pub(super) const LEN: usize = 256;
 
 /// The registers of a function.
 #[derive(Clone, Debug, Eq, PartialEq)]

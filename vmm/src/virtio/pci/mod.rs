@@ -2,8 +2,10 @@
 //! guest scans the bus when its agent is told to. Slot 0, where others have a host bridge, is empty: a guest that is told which
 //! configuration mechanism there is (`pci=conf1`) would only spend 77 exits on it.
 //!
-//! Configuration space is reached through the ports 0xcf8 and 0xcfc (PCI 3.0, 3.2.2.3.2). Each device has one 32-bit memory
-//! window, placed by us and moved by a guest that finds it after its boot: Linux then gives it another address.
+//! Configuration space is reached through the ports 0xcf8 and 0xcfc (PCI 3.0, 3.2.2.3.2), and a copy of it lies in guest RAM, where
+//! our kernel reads it: 256 bytes for each function. Nothing of ours reads that, so a guest that changes it deceives itself.
+//! Each device has one 32-bit memory window, placed by us and moved by a guest that finds it after its boot: Linux then gives it
+//! another address.
 //!
 //! Decided: an interrupt is the ioctl `KVM_SIGNAL_MSI` with the vector's own address and data. Because: it costs the one
 //! system call that writing an irqfd would, needs no routing table, and so no grace period when the guest sets up its
@@ -16,9 +18,10 @@ use std::sync::{Arc, Mutex};
 
 use kvm_ioctls::{IoEventAddress, VmFd};
 use thiserror::Error;
+use vm_memory::{Bytes as _, GuestAddress};
 
 use super::{GuestMemory, VirtioDevice};
-use crate::arch::layout::PCI_WINDOW_START;
+use crate::arch::layout::{PCI_CONFIG_COPY, PCI_WINDOW_START};
 use crate::bus::{Bus, BusDevice};
 use crate::device_thread::DeviceThread;
 use crate::event_loop::lock;
@@ -48,6 +51,11 @@ const CONFIG_DATA_OFFSET: u64 = 4;
 const ENABLE: u32 = 1 << 31;
 /// Slot 0 stays empty.
 const MAX_DEVICES: usize = 31;
+const FUNCTIONS_OF_SLOT: usize = 8;
+/// The copy of one slot, whose devices have one function.
+const COPY_OF_SLOT: usize = FUNCTIONS_OF_SLOT * config_space::LEN;
+/// Of a register that is not there.
+const ABSENT: u8 = 0xff;
 /// Window of one device, a power of two.
 pub(crate) const WINDOW_LEN: u64 = 0x8000;
 
@@ -101,7 +109,9 @@ impl PciBus {
     #[must_use]
     pub fn new(vm: Arc<VmFd>, memory: Arc<GuestMemory>, mmio: Arc<Bus>, device_thread: DeviceThread) -> Self {
         let routes = Arc::new(Routes::new(vm.clone()));
-        Self { vm, routes, memory, mmio, slots: Mutex::default(), device_thread }
+        let bus = Self { vm, routes, memory, mmio, slots: Mutex::default(), device_thread };
+        (0..=MAX_DEVICES).for_each(|slot| bus.copy(slot, &[ABSENT; COPY_OF_SLOT]));
+        bus
     }
 
     /// Where devices are made, started and reset.
@@ -133,7 +143,8 @@ impl PciBus {
         let transport = Transport::new(device, kicks, window, host);
         let transport = Arc::new(Mutex::new(transport));
         self.mmio.insert(window, WINDOW_LEN, transport.clone());
-        slots[index] = Some(Plugged { name: name.to_owned(), transport, doorbells });
+        let plugged = slots[index].insert(Plugged { name: name.to_owned(), transport, doorbells });
+        self.copy_registers(index + 1, plugged);
         Ok(())
     }
 
@@ -143,10 +154,11 @@ impl PciBus {
     /// [`PciError::NotFound`].
     pub fn remove(&self, name: &str) -> Result<(), PciError> {
         let mut slots = lock(&self.slots);
-        let named = |slot: &&mut Option<Plugged>| slot.as_ref().is_some_and(|plugged| plugged.name == name);
-        let found = slots.iter_mut().find(named).and_then(Option::take);
+        let named = |slot: &Option<Plugged>| slot.as_ref().is_some_and(|plugged| plugged.name == name);
+        let found = slots.iter().position(named).and_then(|index| Some((index + 1, slots[index].take()?)));
+        let (slot, plugged) = found.ok_or_else(|| PciError::NotFound { name: name.to_owned() })?;
+        self.copy(slot, &[ABSENT; COPY_OF_SLOT]);
         drop(slots);
-        let plugged = found.ok_or_else(|| PciError::NotFound { name: name.to_owned() })?;
         self.mmio.remove(&plugged.transport);
         // A vCPU that found the device just before waits for this and then meets an unplugged one.
         lock(&plugged.transport).unplug();
@@ -172,6 +184,26 @@ impl PciBus {
     fn transport(&self, slot: usize) -> Option<Arc<Mutex<Transport>>> {
         let slots = lock(&self.slots);
         Some(slots.get(slot.checked_sub(1)?)?.as_ref()?.transport.clone())
+    }
+
+    /// Brings what a register says now to where the guest reads it.
+    fn update_copy(&self, slot: usize) {
+        let slots = lock(&self.slots);
+        if let Some(Some(plugged)) = slot.checked_sub(1).and_then(|index| slots.get(index)) {
+            self.copy_registers(slot, plugged);
+        }
+    }
+
+    fn copy_registers(&self, slot: usize, plugged: &Plugged) {
+        let mut registers = [0; config_space::LEN];
+        lock(&plugged.transport).read_config_space(0, &mut registers);
+        self.copy(slot, &registers);
+    }
+
+    fn copy(&self, slot: usize, registers: &[u8]) {
+        let at = PCI_CONFIG_COPY + (slot * COPY_OF_SLOT) as u64;
+        // The smallest guest has RAM there, and the ports say the same.
+        let _ = self.memory.write_slice(registers, GuestAddress(at));
     }
 
     /// The guest has written the address of a window.
@@ -234,6 +266,7 @@ impl BusDevice for ConfigPorts {
             if let Some(window) = moved {
                 self.bus.move_window(slot, window);
             }
+            self.bus.update_copy(slot);
         }
     }
 }
