@@ -53,8 +53,8 @@ impl Vm {
         let (control, theirs) = UnixStream::pair().expect("a socket pair");
         theirs.set_nonblocking(true).expect("a socket");
         control.set_read_timeout(Some(DEADLINE)).expect("a socket");
-        let machine = Machine::build(config, &mut InheritedFds::default(), Jail::default(), Backing::default())
-            .expect("a machine");
+        let machine =
+            Machine::build(config, &mut InheritedFds::default(), Jail::default(), &Backing::Small).expect("a machine");
         let thread = thread::spawn(move || report_exit(&theirs, machine.run(&theirs).expect("the VM runs")));
         let messages = BufReader::new(control.try_clone().expect("a socket"));
         Self { control, messages, thread }

@@ -15,8 +15,8 @@ fn main() -> ExitCode {
     let config_fd = arguments.iter().skip_while(|argument| *argument != "--config-fd").nth(1).expect("--config-fd FD");
     let config_fd = config_fd.parse().expect("a number");
     if name == "unconfined" {
-        return process::run(config_fd, || Ok(Jail::default())).expect("the VM runs").into();
+        return process::run(config_fd, || Ok((Jail::default(), jail::mount_for_ram()?))).expect("the VM runs").into();
     }
     let kind = ThreadKind::ALL.into_iter().find(|kind| format!("{kind:?}") == name).expect("a kind of threads");
-    process::run(config_fd, || Ok(jail::enter()?.without(kind))).expect("the VM runs").into()
+    process::run(config_fd, || jail::enter().map(|(jail, ram)| (jail.without(kind), ram))).expect("the VM runs").into()
 }

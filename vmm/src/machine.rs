@@ -26,7 +26,7 @@ use crate::kernel::{self, KernelError};
 use crate::kvm::{self, KvmError};
 use crate::legacy::i8042::{self, I8042};
 use crate::legacy::serial::{self, ConsoleTail, SerialConsole};
-use crate::memory::{self, Backing, MemoryError};
+use crate::memory::{Backing, MemoryError};
 use crate::networks::{NetworkError, Networks};
 use crate::root_image::{RootImage, RootImageError};
 use crate::signals;
@@ -113,7 +113,7 @@ impl Machine {
     ///
     /// # Errors
     /// Each variant of [`BuildError`].
-    pub fn build(config: &VmConfig, fds: &mut InheritedFds, jail: Jail, backing: Backing) -> Result<Self, BuildError> {
+    pub fn build(config: &VmConfig, fds: &mut InheritedFds, jail: Jail, backing: &Backing) -> Result<Self, BuildError> {
         check(config)?;
         let host = |action| move |source| BuildError::Host { action, source };
         let mut take = |what, fd| fds.take(fd).map_err(|source| BuildError::Inherited { what, source });
@@ -126,7 +126,7 @@ impl Machine {
         let device_thread = DeviceThread::start(jail.clone()).map_err(host("start a thread"))?;
 
         let kvm = kvm::open(config.kvm.map(|fd| take("KVM", fd)).transpose()?)?;
-        let memory = memory::create(config.memory_mib)?;
+        let memory = backing.create(config.memory_mib)?;
         let root_image = match config.root_image {
             Some(fd) => Some(RootImage::map(take("the root image", fd)?)?),
             None => None,

@@ -1,24 +1,29 @@
-//! Guest RAM: one sealed memfd, mapped below and above the hole that holds PCI windows and interrupt controllers.
+//! Guest RAM: one file in memory, mapped below and above the hole that holds PCI windows and interrupt controllers.
 //!
 //! Decided: what each guest touches before its first container runs lies in large pages of the host: the kernel, what its allocator gives
 //! first, and its array of pages. Because: KVM then maps it with an exit for 2 MiB, and not for 4 KiB, and loading it faults as rarely.
 //! Instead of: large pages for all of RAM, which would make a guest that touches little use much.
+//!
+//! Decided: the file is in a tmpfs of our own, which gives large pages where they are asked for (`huge=advise`), and loses its name at
+//! once. Because: a memfd has the policy of all shared memory, which is `never` on most hosts, and small pages can only be collapsed
+//! (`MADV_COLLAPSE`), at 1.0 million instructions for each large one, where a fault for one takes 0.4.
 #![expect(unsafe_code, reason = "a mapping at an address of our choice, and advice about it")]
 
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::ptr;
 use std::sync::Arc;
 
-use rustix::fs::{MemfdFlags, SealFlags};
-use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous};
+use rustix::fs::{AtFlags, MemfdFlags, Mode, OFlags, SealFlags, openat, unlinkat};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous};
 use thiserror::Error;
 use vhost_user_backend::bitmap::BitmapMmapRegion;
 use vm_memory::bitmap::NewBitmap as _;
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
-    Address as _, Bytes as _, FileOffset, GuestAddress, GuestMemory as _, GuestMemoryRegion,
-    GuestRegionCollectionError, GuestRegionMmap,
+    Address as _, FileOffset, GuestAddress, GuestMemory as _, GuestMemoryRegion, GuestRegionCollectionError,
+    GuestRegionMmap,
 };
 
 use crate::arch::layout::{HIGH_RAM_START, PCI_HOLE_START};
@@ -48,6 +53,8 @@ pub enum MemoryError {
     Regions(#[from] GuestRegionCollectionError),
 }
 
+/// What the host shows as the name of its mappings.
+const RAM_NAME: &str = "guest-ram";
 /// Size of a large page of the host.
 const LARGE_PAGE: usize = 2 << 20;
 /// Where the guest's allocator begins: the first large page, of what lies between that and the kernel the upper half, and behind
@@ -57,61 +64,85 @@ const ABOVE_KERNEL: u64 = 4 << 20;
 /// At the end of RAM is the array of `struct page`, 64 bytes for 4 KiB; and below it per-CPU areas and hash tables.
 const PAGES_TO_THEIR_ARRAY: u64 = 64;
 const TABLES: u64 = 3 << 20;
-/// Linux 6.1. Not in the C library's headers of that time.
-const MADV_COLLAPSE: i32 = 25;
-
-/// Makes `size_mib` MiB of guest RAM. Pages are taken from the host when they are first touched.
-///
-/// # Errors
-/// Each variant of [`MemoryError`].
-pub fn create(size_mib: u32) -> Result<Arc<GuestMemory>, MemoryError> {
-    let size = u64::from(size_mib) << 20;
-    let file = ram_file(size).map_err(|source| MemoryError::File { size, source })?;
-    let file = Arc::new(file);
-    let mut mapped = Vec::new();
-    let mut offset = 0;
-    for (start, len) in regions(size) {
-        let len = usize::try_from(len).expect("a 64-bit host");
-        let region = map(&file, offset, len)?;
-        mapped.push(GuestRegionMmap::new(region, GuestAddress(start)).expect("ends below 2^64"));
-        offset += len as u64;
-    }
-    Ok(Arc::new(GuestMemory::from_regions(mapped)?))
-}
 
 /// Pages of the host under what is loaded at boot.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[derive(Debug, Default)]
 pub enum Backing {
     /// Of 4 KiB.
     #[default]
     Small,
-    /// Of 2 MiB where the host has them.
-    Large,
+    /// Of 2 MiB where the host has them, in this mount of a tmpfs.
+    Large(OwnedFd),
+}
+
+/// What the host's policy of transparent huge pages says: whoever switched them off had a reason.
+#[must_use]
+pub fn host_has_large_pages() -> bool {
+    let policy = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
+    policy.is_ok_and(|policy| !policy.contains("[never]"))
 }
 
 impl Backing {
-    /// What the host's policy of transparent huge pages says: whoever switched them off had a reason.
-    #[must_use]
-    pub fn of_host() -> Self {
-        let policy = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
-        if policy.is_ok_and(|policy| !policy.contains("[never]")) { Self::Large } else { Self::Small }
+    /// Makes `size_mib` MiB of guest RAM. Pages are taken from the host when they are first touched.
+    ///
+    /// # Errors
+    /// Each variant of [`MemoryError`].
+    pub fn create(&self, size_mib: u32) -> Result<Arc<GuestMemory>, MemoryError> {
+        let size = u64::from(size_mib) << 20;
+        let file = self.ram_file(size).map_err(|source| MemoryError::File { size, source })?;
+        let file = Arc::new(file);
+        let mut mapped = Vec::new();
+        let mut offset = 0;
+        for (start, len) in regions(size) {
+            let len = usize::try_from(len).expect("a 64-bit host");
+            let region = map(&file, offset, len)?;
+            mapped.push(GuestRegionMmap::new(region, GuestAddress(start)).expect("ends below 2^64"));
+            offset += len as u64;
+        }
+        Ok(Arc::new(GuestMemory::from_regions(mapped)?))
+    }
+
+    /// A memfd's size nobody can change any more, and that of a file whose name is gone only who holds its descriptor: a mapping of
+    /// it never faults for being cut short.
+    fn ram_file(&self, size: u64) -> io::Result<File> {
+        let file = match self {
+            Self::Small => rustix::fs::memfd_create(RAM_NAME, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?,
+            Self::Large(mount) => {
+                let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
+                let file = openat(mount, RAM_NAME, flags, Mode::RUSR | Mode::WUSR)?;
+                unlinkat(mount, RAM_NAME, AtFlags::empty())?;
+                file
+            }
+        };
+        let file = File::from(file);
+        file.set_len(size)?;
+        if let Self::Small = self {
+            rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW)?;
+        }
+        Ok(file)
     }
 
     /// Has the host make these pages of what each guest touches, whose kernel is about to be loaded at `kernel` and has this length.
     /// Only a hint.
-    pub fn prepare(self, memory: &GuestMemory, kernel: u64, len: u64) {
-        if self == Self::Small {
+    pub fn prepare(&self, memory: &GuestMemory, kernel: u64, len: u64) {
+        if let Self::Small = self {
             return;
         }
         let size: u64 = memory.iter().map(GuestMemoryRegion::len).sum();
         let end = memory.last_addr().raw_value() + 1;
-        collapse(memory, 0, 1);
-        collapse(memory, kernel - BELOW_KERNEL, kernel + len + ABOVE_KERNEL);
-        collapse(memory, end.saturating_sub(size / PAGES_TO_THEIR_ARRAY + TABLES), end);
+        populate(memory, 0, 1);
+        populate(memory, kernel - BELOW_KERNEL, kernel + len + ABOVE_KERNEL);
+        populate(memory, end.saturating_sub(size / PAGES_TO_THEIR_ARRAY + TABLES), end);
     }
 }
 
-fn collapse(memory: &GuestMemory, start: u64, end: u64) {
+/// Makes RAM of 4 KiB pages, for tests.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn create(size_mib: u32) -> Result<Arc<GuestMemory>, MemoryError> {
+    Backing::Small.create(size_mib)
+}
+
+fn populate(memory: &GuestMemory, start: u64, end: u64) {
     let size = LARGE_PAGE as u64;
     let first = start / size * size;
     let mut last = end.next_multiple_of(size);
@@ -119,13 +150,12 @@ fn collapse(memory: &GuestMemory, start: u64, end: u64) {
         last -= size;
     }
     let len = usize::try_from(last - first).expect("a 64-bit host");
-    // The kernel takes a range without any page for one that was cut off.
-    for address in (first..last).step_by(LARGE_PAGE) {
-        let _ = memory.write_obj(0_u8, GuestAddress(address));
-    }
     if let Ok(slice) = memory.get_slice(GuestAddress(first), len) {
+        let start = slice.ptr_guard_mut().as_ptr().cast();
         // SAFETY: the range is mapped, and the advice changes neither its bytes nor where it is.
-        let _ = unsafe { libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), len, MADV_COLLAPSE) };
+        let _ = unsafe { madvise(start, len, Advice::LinuxHugepage) };
+        // SAFETY: as above; the guest has written nothing yet, and its pages are only taken.
+        let _ = unsafe { madvise(start, len, Advice::LinuxPopulateWrite) };
     }
 }
 
@@ -161,14 +191,6 @@ pub fn map_read_only(file: &File, len: usize) -> io::Result<u64> {
     Ok(mapped?.addr() as u64)
 }
 
-/// A file whose size nobody can change any more: a mapping of it never faults for being cut short.
-fn ram_file(size: u64) -> io::Result<File> {
-    let file = File::from(rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
-    file.set_len(size)?;
-    rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW)?;
-    Ok(file)
-}
-
 /// Guest-physical start and length of each range of RAM.
 fn regions(size: u64) -> Vec<(u64, u64)> {
     let low = size.min(PCI_HOLE_START);
@@ -182,6 +204,8 @@ fn regions(size: u64) -> Vec<(u64, u64)> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
     use proptest::prelude::*;
     use vm_memory::{Bytes as _, GuestAddress};
 
@@ -207,8 +231,10 @@ mod tests {
     #[test]
     fn large_pages_are_only_a_hint() {
         for mib in [1, 17, 25, 222, 3073] {
-            let memory = create(mib).expect("memory");
-            Backing::Large.prepare(&memory, 16 << 20, 20 << 20);
+            // Any folder of a file system in memory.
+            let backing = Backing::Large(File::open("/dev/shm").expect("a tmpfs").into());
+            let memory = backing.create(mib).expect("memory");
+            backing.prepare(&memory, 16 << 20, 20 << 20);
             assert_eq!(memory.read_obj::<u64>(GuestAddress(0)).expect("RAM"), 0, "{mib}");
         }
     }

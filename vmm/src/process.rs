@@ -4,7 +4,7 @@ use std::error::Error as StdError;
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::iter;
-use std::os::fd::IntoRawFd as _;
+use std::os::fd::{IntoRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -17,7 +17,7 @@ use crate::inherited::{InheritedFds, close_others};
 use crate::jail::{Jail, JailError};
 use crate::kvm::{self, KvmError};
 use crate::machine::{BuildError, Machine};
-use crate::memory::Backing;
+use crate::memory::{Backing, host_has_large_pages};
 
 /// Why no VM ran.
 #[derive(Debug, Error)]
@@ -52,12 +52,12 @@ pub enum RunError {
     Build(#[from] BuildError),
 }
 
-/// Confines the process by `confine`, runs the VM whose configuration is the descriptor `config_fd`, and says how it ended; returns
+/// Confines the process by `confine`, as [`crate::jail::enter`] does, runs the VM whose configuration is the descriptor `config_fd`, and says how it ended; returns
 /// the process's exit status.
 ///
 /// # Errors
 /// Where there is nobody to say it to, and what the host refuses.
-pub fn run(config_fd: i32, confine: impl FnOnce() -> Result<Jail, JailError>) -> Result<u8, RunError> {
+pub fn run(config_fd: i32, confine: impl FnOnce() -> Result<(Jail, OwnedFd), JailError>) -> Result<u8, RunError> {
     raise_descriptor_limit().map_err(host("raise the limit of open files"))?;
     let mut fds = InheritedFds::default();
     let config = File::from(fds.take(Fd(config_fd)).map_err(inherited("--config-fd"))?);
@@ -86,7 +86,7 @@ pub fn run(config_fd: i32, confine: impl FnOnce() -> Result<Jail, JailError>) ->
 fn build(
     mut config: VmConfig,
     fds: &mut InheritedFds,
-    confine: impl FnOnce() -> Result<Jail, JailError>,
+    confine: impl FnOnce() -> Result<(Jail, OwnedFd), JailError>,
 ) -> Result<Machine, RunError> {
     if let Some(fd) = config.cgroup {
         // What is charged before stays with the cgroup of the owner.
@@ -97,13 +97,14 @@ fn build(
         // The new root has no devices.
         config.kvm = Some(Fd(kvm::open_device()?.into_raw_fd()));
     }
-    let backing = Backing::of_host();
-    let jail = confine()?;
+    let large_pages = host_has_large_pages();
+    let (jail, ram) = confine()?;
     // The kernel ends us with the thread that spawned us, even when we are stopped or stuck. A closed control socket, by which
     // we notice in any other case, needs our event loop. Changing credentials would have cleared it.
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
         .map_err(host("ask to die with the owner"))?;
-    Ok(Machine::build(&config, fds, jail, backing)?)
+    let backing = if large_pages { Backing::Large(ram) } else { Backing::Small };
+    Ok(Machine::build(&config, fds, jail, &backing)?)
 }
 
 fn host<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> RunError {

@@ -49,7 +49,7 @@ fn main() {
     let program = rustix::fs::openat(&shares[0], "program", rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty());
     let program = program.expect("a file of the share");
     let kvm = vmm::kvm::open_device().expect("/dev/kvm");
-    let jail = jail::enter().expect("a jail");
+    let (jail, _) = jail::enter().expect("a jail");
     for signal in [Signal::SIGSEGV, Signal::SIGBUS] {
         // SAFETY: no handler of ours is put in its place. The standard library's makes system calls of its own.
         unsafe { nix::sys::signal::signal(signal, SigHandler::SigDfl) }.expect("a signal");

@@ -6,6 +6,7 @@
 //! ```
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use rustix::thread::{CapabilitySet, capabilities};
@@ -17,6 +18,7 @@ mod privileges;
 mod root;
 mod seccomp;
 
+pub use root::mount_for_ram;
 use seccomp::Filters;
 pub use seccomp::ThreadKind;
 
@@ -65,11 +67,12 @@ impl Jail {
     }
 }
 
-/// Gives up everything but the open descriptors. The process must have one thread.
+/// Gives up everything but the open descriptors, and makes one: a mount of a tmpfs for guest RAM, which takes rights that are given
+/// up. The process must have one thread.
 ///
 /// # Errors
 /// The first step that fails; the process is then half confined and must end.
-pub fn enter() -> Result<Jail, JailError> {
+pub fn enter() -> Result<(Jail, OwnedFd), JailError> {
     cores::keep_to_ourselves()?;
     let host = namespaces::Host::open()?;
     // Namespaces that the host owns give no rights to us even as root of a user namespace, so they come first. Who may not
@@ -81,12 +84,13 @@ pub fn enter() -> Result<Jail, JailError> {
     }
     host.leave()?;
     root::replace()?;
+    let ram = mount_for_ram()?;
     if administers_host {
         host.enter_user_namespace()?;
     }
     drop(host);
     privileges::drop_all_but_files()?;
-    Ok(Jail { filters: Some(Arc::new(Filters::new()?)) })
+    Ok((Jail { filters: Some(Arc::new(Filters::new()?)) }, ram))
 }
 
 /// Names the step that a system call is part of.

@@ -1,9 +1,12 @@
 //! An empty root. All that is in it is `/proc/self/fd`, by which virtiofsd opens again what it holds; it shows only our own
 //! descriptors, and no way leads up from it.
 
+use std::os::fd::OwnedFd;
+
 use rustix::fs::{StatVfsMountFlags, statvfs};
 use rustix::mount::{
-    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind, mount_change, mount_remount, unmount,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, UnmountFlags, fsconfig_create,
+    fsconfig_set_string, fsmount, fsopen, mount, mount_bind, mount_change, mount_remount, unmount,
 };
 use rustix::process::{chdir, pivot_root};
 
@@ -35,4 +38,19 @@ pub(super) fn replace() -> Result<(), JailError> {
     }
     let entries = std::fs::read_dir("/").map_err(refused("list the root"))?;
     check("changing the root", entries.flatten().map(|entry| entry.file_name()).eq(["proc"]))
+}
+
+/// A tmpfs that is mounted nowhere, as large as its files, which have large pages where they are asked for.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn mount_for_ram() -> Result<OwnedFd, JailError> {
+    let step = "make a file system for guest RAM";
+    let tmpfs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).map_err(refused(step))?;
+    fsconfig_set_string(&tmpfs, "size", "0").map_err(refused(step))?;
+    // A kernel without large pages refuses.
+    let _ = fsconfig_set_string(&tmpfs, "huge", "advise");
+    fsconfig_create(&tmpfs).map_err(refused(step))?;
+    let bare = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    fsmount(&tmpfs, FsMountFlags::FSMOUNT_CLOEXEC, bare).map_err(refused(step))
 }

@@ -43,7 +43,7 @@ pub(crate) fn measure(processes: &[HostProcess]) -> Result<Counts> {
             let words: Vec<&str> = line.split_whitespace().collect();
             // A line without a colon behind its first word begins a mapping.
             if !words.first().is_some_and(|word| word.ends_with(':')) {
-                in_guest = line.contains("/memfd:guest-ram");
+                in_guest = line.contains("guest-ram");
                 continue;
             }
             let kib: u64 = words.get(1).and_then(|word| word.parse().ok()).unwrap_or(0);
