@@ -42,11 +42,28 @@ pub(crate) fn add_entropy(entropy: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Writes one line to the kernel's log; a failure has no other place to be told.
+/// Writes one line to the kernel's log, as an emergency, which is printed on a quiet console too; a failure has no other place to be told.
 pub(crate) fn log_to_kernel(line: &str) {
     if let Ok(mut log) = OpenOptions::new().write(true).open("/dev/kmsg") {
-        let _ = writeln!(log, "{line}");
+        let _ = writeln!(log, "<0>{line}");
     }
+}
+
+/// `struct sock_fprog` (linux/filter.h).
+#[repr(C)]
+struct FilterProgram {
+    /// In instructions.
+    len: u16,
+    instructions: *const libc::c_void,
+}
+
+/// Loads a program of instructions of 8 bytes as a seccomp filter of this thread, with no flag.
+pub(crate) fn load_filter(program: &[u8]) -> io::Result<()> {
+    let len = u16::try_from(program.len() / 8).map_err(io::Error::other)?;
+    let program = FilterProgram { len, instructions: program.as_ptr().cast() };
+    // SAFETY: the kernel reads `len` instructions, which `program` has, and writes nothing.
+    let result = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Flushes every file system, for as long as the deadline allows, and resets the VM.

@@ -1,21 +1,25 @@
 //! The filters of system calls that a process of a container gets: the agent's own, then its profile.
 //!
+//! Decided: the agent's own and Docker's profile are compiled when the agent is built (`build.rs`). Because: libseccomp takes 8 million
+//! instructions for the profile, a twentieth of a start. Instead of: programs that the guest keeps, which the first container has to make.
+//!
 //! The agent's own keeps AF_VSOCK for the agent: it leads to the host and knows no network namespaces. A privileged process, with
 //! CAP_SYS_ADMIN and without a profile, has asked for everything that the guest has.
 //! io_uring makes sockets too, where a profile or the lack of one allows it: the host takes what comes from there for a stream
 //! only by an id that no container knows.
 
-use std::collections::HashSet;
-
-use libseccomp::error::SeccompError;
-use libseccomp::{ScmpAction, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall};
-use oci_spec::runtime::{
-    Capability, LinuxCapabilities, LinuxNamespaceType, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg,
-    LinuxSeccompFilterFlag, LinuxSeccompOperator, LinuxSyscall, Spec,
-};
-use rustix::net::AddressFamily;
+use oci_spec::runtime::{Capability, LinuxCapabilities, LinuxNamespaceType, LinuxSeccomp, Spec};
 
 use super::namespaces;
+use crate::sys;
+
+mod program;
+
+/// EPERM for AF_VSOCK.
+const WITHOUT_VSOCK: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/without-vsock.bpf"));
+/// What `vmrun` sends for a container with Docker's capabilities, and the program for it.
+const DEFAULT_PROFILE: &str = include_str!(concat!(env!("OUT_DIR"), "/default.json"));
+const DEFAULT_PROGRAM: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/default.bpf"));
 
 /// What is loaded before a command of a container is executed.
 #[derive(Clone)]
@@ -38,101 +42,18 @@ impl Filters {
     /// it may not allow to load another.
     pub(super) fn load(&self) -> Result<(), String> {
         if !self.is_privileged {
-            load_without_vsock().map_err(|error| format!("the agent's own filter: {error}"))?;
+            sys::load_filter(WITHOUT_VSOCK).map_err(|error| format!("the agent's own filter: {error}"))?;
         }
-        let profile = self.profile.as_ref();
-        profile.map_or(Ok(()), load).map_err(|error| format!("cannot load the seccomp profile: {error}"))
+        let Some(profile) = &self.profile else { return Ok(()) };
+        load(profile).map_err(|error| format!("cannot load the seccomp profile: {error}"))
     }
 }
 
-/// EPERM for AF_VSOCK. Of the argument the kernel reads 32 bits.
-fn load_without_vsock() -> Result<(), SeccompError> {
-    let mut filter = filter(ScmpAction::Allow)?;
-    let family = ScmpCompareOp::MaskedEqual(u32::MAX.into());
-    let is_vsock = [ScmpArgCompare::new(0, family, u64::from(AddressFamily::VSOCK.as_raw()))];
-    for call in ["socket", "socketpair"] {
-        filter.add_rule_conditional(ScmpAction::Errno(libc::EPERM), ScmpSyscall::from_name(call)?, &is_vsock)?;
+fn load(profile: &LinuxSeccomp) -> Result<(), String> {
+    if serde_json::to_string(profile).is_ok_and(|text| text == DEFAULT_PROFILE) {
+        return sys::load_filter(DEFAULT_PROGRAM).map_err(|error| error.to_string());
     }
-    filter.load()
-}
-
-/// A filter of the guest's only ABI: the numbers of x32 and of 32-bit programs are what its kernel says of them, not there. So a
-/// profile's architectures say nothing.
-fn filter(otherwise: ScmpAction) -> Result<ScmpFilterContext, SeccompError> {
-    let mut filter = ScmpFilterContext::new(otherwise)?;
-    filter.set_act_badarch(ScmpAction::Errno(libc::ENOSYS))?;
-    // `process.noNewPrivileges` decides.
-    filter.set_ctl_nnp(false)?;
-    // A call is found by halves.
-    filter.set_ctl_optimize(2)?;
-    Ok(filter)
-}
-
-fn load(profile: &LinuxSeccomp) -> Result<(), SeccompError> {
-    let otherwise = action(profile.default_action(), profile.default_errno_ret());
-    let mut filter = filter(otherwise)?;
-    for flag in profile.flags().iter().flatten() {
-        match flag {
-            LinuxSeccompFilterFlag::SeccompFilterFlagLog => filter.set_ctl_log(true),
-            LinuxSeccompFilterFlag::SeccompFilterFlagTsync => filter.set_ctl_tsync(true),
-            LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => filter.set_ctl_ssb(true),
-            LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv => filter.set_ctl_waitkill(true),
-        }?;
-    }
-    for rule in profile.syscalls().iter().flatten() {
-        let action = action(rule.action(), rule.errno_ret());
-        // libseccomp refuses what changes nothing.
-        if action != otherwise {
-            add(&mut filter, action, rule)?;
-        }
-    }
-    filter.load()
-}
-
-/// Without names that the library does not know: their calls are decided as any other. Several conditions on one argument are
-/// alternatives, as with `runc`.
-fn add(filter: &mut ScmpFilterContext, action: ScmpAction, rule: &LinuxSyscall) -> Result<(), SeccompError> {
-    let conditions: Vec<_> = rule.args().iter().flatten().map(condition).collect();
-    let mut arguments = HashSet::new();
-    let is_each_alone = !rule.args().iter().flatten().all(|arg| arguments.insert(arg.index()));
-    let alternatives = if is_each_alone { conditions.chunks(1).collect() } else { vec![&conditions[..]] };
-    for call in rule.names().iter().filter_map(|name| ScmpSyscall::from_name(name).ok()) {
-        for conditions in &alternatives {
-            filter.add_rule_conditional(action, call, conditions)?;
-        }
-    }
-    Ok(())
-}
-
-fn condition(arg: &LinuxSeccompArg) -> ScmpArgCompare {
-    let (operator, value) = match arg.op() {
-        LinuxSeccompOperator::ScmpCmpNe => (ScmpCompareOp::NotEqual, arg.value()),
-        LinuxSeccompOperator::ScmpCmpLt => (ScmpCompareOp::Less, arg.value()),
-        LinuxSeccompOperator::ScmpCmpLe => (ScmpCompareOp::LessOrEqual, arg.value()),
-        LinuxSeccompOperator::ScmpCmpEq => (ScmpCompareOp::Equal, arg.value()),
-        LinuxSeccompOperator::ScmpCmpGe => (ScmpCompareOp::GreaterEqual, arg.value()),
-        LinuxSeccompOperator::ScmpCmpGt => (ScmpCompareOp::Greater, arg.value()),
-        // `value` is the mask, `valueTwo` what is left.
-        LinuxSeccompOperator::ScmpCmpMaskedEq => {
-            (ScmpCompareOp::MaskedEqual(arg.value()), arg.value_two().unwrap_or_default())
-        }
-    };
-    ScmpArgCompare::new(u32::try_from(arg.index()).unwrap_or(u32::MAX), operator, value)
-}
-
-fn action(action: LinuxSeccompAction, errno: Option<u32>) -> ScmpAction {
-    let errno = errno.unwrap_or(libc::EPERM.unsigned_abs());
-    match action {
-        LinuxSeccompAction::ScmpActKill | LinuxSeccompAction::ScmpActKillThread => ScmpAction::KillThread,
-        LinuxSeccompAction::ScmpActKillProcess => ScmpAction::KillProcess,
-        LinuxSeccompAction::ScmpActTrap => ScmpAction::Trap,
-        LinuxSeccompAction::ScmpActErrno => ScmpAction::Errno(errno.cast_signed()),
-        LinuxSeccompAction::ScmpActTrace => ScmpAction::Trace(u16::try_from(errno).unwrap_or(u16::MAX)),
-        LinuxSeccompAction::ScmpActLog => ScmpAction::Log,
-        LinuxSeccompAction::ScmpActAllow => ScmpAction::Allow,
-        // `refuse.rs` has refused it: nobody would listen.
-        LinuxSeccompAction::ScmpActNotify => ScmpAction::Notify,
-    }
+    program::of_profile(profile).and_then(|filter| filter.load()).map_err(|error| error.to_string())
 }
 
 #[cfg(test)]
@@ -141,6 +62,7 @@ mod tests {
 
     use oci_spec::runtime::Capabilities;
     use rustix::io::Errno;
+    use rustix::net::AddressFamily;
     use rustix::net::{SocketFlags, SocketType, socket, socketpair};
     use rustix::thread::set_no_new_privs;
     use serde_json::{Value, json};

@@ -162,6 +162,19 @@ mod tests {
         assert_eq!(rules("not_yet_invented", &[]), []);
     }
 
+    /// The agent has its program ready. To write the file anew: `UPDATE_SNAPSHOT=1 cargo test -p vmrun the_agent_knows`.
+    #[test]
+    fn the_agent_knows_the_profile_of_dockers_capabilities() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../agent/src/child/seccomp/default.json");
+        let profile =
+            profile(None, &crate::spec::DEFAULT_CAPABILITIES.into_iter().collect()).expect("the default profile");
+        let text = serde_json::to_string(&profile).expect("JSON") + "\n";
+        if std::env::var_os("UPDATE_SNAPSHOT").is_some() {
+            std::fs::write(path, &text).expect("written");
+        }
+        assert_eq!(text, std::fs::read_to_string(path).expect("a snapshot"));
+    }
+
     #[test]
     fn clone_is_allowed_without_namespaces_only() {
         assert_eq!(rules("clone", &[]).iter().filter(|rule| **rule == ALLOWED).count(), 1);

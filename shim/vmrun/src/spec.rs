@@ -21,7 +21,7 @@ use crate::volume;
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Docker's default capabilities.
-const DEFAULT_CAPABILITIES: [Capability; 14] = [
+pub(crate) const DEFAULT_CAPABILITIES: [Capability; 14] = [
     Capability::AuditWrite,
     Capability::Chown,
     Capability::DacOverride,
