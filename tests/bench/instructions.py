@@ -16,6 +16,11 @@ from pathlib import Path
 
 # A line at once, and then nothing.
 COMMAND = ["sh", "-c", "echo ready; exec sleep 1000"]
+# As in `src/bin/bench/subjects.rs`: QEMU's guest has no vsock, so the agent resets it where it would dial the host.
+QEMU = """-M microvm,pit=off,pic=off,rtc=off,isa-serial=off,auto-kernel-cmdline=off -accel kvm -cpu host -smp 1 -m 128 -nodefaults
+    -no-user-config -display none -no-reboot""".split()
+QEMU_COMMAND_LINE = """quiet loglevel=1 reboot=t panic=-1 tsc=reliable no_timer_check noreplace-smp random.trust_cpu=on cryptomgr.notests"""
+QEMU_FIRMWARE = "bios-microvm.bin", "pvh.bin"
 CGROUPS = Path("/sys/fs/cgroup")
 # What has been scheduled away by then is accounted.
 SETTLE_S = 0.2
@@ -99,8 +104,8 @@ def again_if_silent(run):
     raise Silent
 
 
-def until_output(command, environment, traced=contextlib.nullcontext):
-    """Starts a command and waits for its first line; returns what that took, and removes all that was started."""
+def until_output(command, environment, traced=contextlib.nullcontext, expected=b"ready\n"):
+    """Starts a command and waits for its first line, or its end; returns what that took, and removes all that was started."""
     with Cgroup(f"bench-{os.getpid()}") as cgroup, traced() as trace:
         words = [str(word).replace("CGROUP", cgroup.name) for word in command]
         process = subprocess.Popen(
@@ -111,7 +116,7 @@ def until_output(command, environment, traced=contextlib.nullcontext):
             process.wait()
             raise Silent
         line = process.stdout.readline()
-        assert line == b"ready\n", line
+        assert line == expected, line
         guest = trace.instructions() if trace else {}
         time.sleep(SETTLE_S)
         used = cgroup.used()
@@ -123,8 +128,9 @@ def until_output(command, environment, traced=contextlib.nullcontext):
 class Subjects:
     """Who runs the command, and how. Programs are in memory: what an emulated host takes to read its files is not ours."""
 
-    def __init__(self, folder, unfiltered):
+    def __init__(self, folder, unfiltered, initramfs):
         self.folder = folder
+        self.qemu_command = copy_qemu(folder / "qemu", initramfs)
         # What its name says, it does.
         self.unconfined = shutil.copy(unfiltered, folder / "unconfined")
         for variable in "VMRUN", "VMRUN_VMM", "VMRUN_KERNEL", "VMRUN_ROOTFS":
@@ -154,23 +160,41 @@ class Subjects:
         subprocess.run(["runc", "delete", "--force", "bench"], check=True)
         return counts
 
+    def qemu(self):
+        kernel = ["-kernel", os.environ["VMRUN_KERNEL"], "-append", QEMU_COMMAND_LINE]
+        libraries = {"LD_LIBRARY_PATH": str(self.folder / "qemu")}
+        return until_output([*self.qemu_command, *kernel], libraries, expected=b"")
+
     def all(self):
         return {
             "vmrun run": self.vmrun,
             "vmrun run, VMM not confined": lambda: self.vmrun(self.unconfined),
             "vmrun run, its guest": lambda: self.vmrun(traced=Trace),
             "runc run": self.runc,
+            "QEMU microvm to the agent": self.qemu,
         }
+
+
+def copy_qemu(folder, initramfs):
+    """QEMU with its libraries and firmware; returns its command line but for the kernel."""
+    folder.mkdir()
+    program = shutil.copy(shutil.which("qemu-system-x86_64"), folder)
+    for library in re.findall(r"=> (/\S+)", subprocess.check_output(["ldd", program], text=True)):
+        shutil.copy(library, folder)
+    for name in QEMU_FIRMWARE:
+        shutil.copy(next(path for share in ("qemu", "seabios") if (path := Path("/usr/share", share, name)).exists()), folder)
+    return [program, "-L", folder, *QEMU, "-initrd", shutil.copy(initramfs, folder)]
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--unfiltered", required=True)
+    parser.add_argument("--initramfs", required=True)
     parser.add_argument("--json", required=True, type=Path)
     parser.add_argument("--rounds", type=int, required=True)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        subjects = Subjects(Path(folder), arguments.unfiltered).all()
+        subjects = Subjects(Path(folder), arguments.unfiltered, arguments.initramfs).all()
         samples = {}
         for number in range(arguments.rounds + 1):
             for name, run in subjects.items():
@@ -187,7 +211,10 @@ def main():
             median[name, count] = statistics.median(values)
             print(f"| {name}{'' if count == 'instructions' else ': ' + count} | {median[name, count]:.1f} | {min(values):.1f} to {max(values):.1f} |")
     of = lambda name: median[name, "instructions"]
-    print(f"\nConfinement {100 * (of('vmrun run') / of('vmrun run, VMM not confined') - 1):.1f} %, to `runc run` {of('vmrun run') / of('runc run'):.1f}")
+    print(
+        f"\nConfinement {100 * (of('vmrun run') / of('vmrun run, VMM not confined') - 1):.1f} %, to `runc run` {of('vmrun run') / of('runc run'):.2f}, "
+        f"to QEMU {of('vmrun run') / of('QEMU microvm to the agent'):.2f}"
+    )
 
 
 if __name__ == "__main__":
