@@ -7,7 +7,6 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 
 use rustix::thread::{CapabilitySet, capabilities};
 use thiserror::Error;
@@ -44,7 +43,7 @@ pub enum JailError {
 /// What is left to do thread by thread; the default leaves threads as they are, for tests that run a VM in their own process.
 #[derive(Clone, Debug, Default)]
 pub struct Jail {
-    filters: Option<Arc<Filters>>,
+    filters: Option<Filters>,
 }
 
 impl Jail {
@@ -53,7 +52,7 @@ impl Jail {
     /// # Panics
     /// When the kernel refuses a filter: what the thread was to do is not done without one.
     pub fn confine(&self, kind: ThreadKind) {
-        if let Some(filters) = &self.filters
+        if let Some(filters) = self.filters
             && let Err(error) = filters.apply(kind)
         {
             panic!("cannot confine a thread: {error}");
@@ -63,7 +62,7 @@ impl Jail {
     /// The same, but one kind of threads keeps the system calls that it inherits: for the story that must notice.
     #[must_use]
     pub fn without(self, kind: ThreadKind) -> Self {
-        Self { filters: self.filters.map(|filters| Arc::new(filters.without(kind))) }
+        Self { filters: self.filters.map(|_| Filters::without(kind)) }
     }
 }
 
@@ -88,9 +87,9 @@ pub fn enter() -> Result<(Jail, OwnedFd), JailError> {
     if administers_host {
         host.enter_user_namespace()?;
     }
+    privileges::drop_all_but_files(&host)?;
     drop(host);
-    privileges::drop_all_but_files()?;
-    Ok((Jail { filters: Some(Arc::new(Filters::new()?)) }, ram))
+    Ok((Jail { filters: Some(Filters::default()) }, ram))
 }
 
 /// Names the step that a system call is part of.

@@ -5,11 +5,11 @@ use rustix::process::{
     DumpableBehavior, Resource, Rlimit, dumpable_behavior, getrlimit, set_dumpable_behavior, setrlimit,
 };
 use rustix::thread::{
-    CapabilitySet, CapabilitySets, capabilities, capability_is_in_ambient_set, capability_is_in_bounding_set,
-    clear_ambient_capability_set, no_new_privs, remove_capability_from_bounding_set, set_capabilities,
+    CapabilitySet, CapabilitySets, clear_ambient_capability_set, remove_capability_from_bounding_set, set_capabilities,
     set_no_new_privs,
 };
 
+use super::namespaces::Host;
 use super::{JailError, check, refused};
 
 /// A share's files have owners, modes and capabilities, which the guest's users set as they may on a disk.
@@ -25,7 +25,7 @@ const KEPT: CapabilitySet = CapabilitySet::CHOWN
 const LIMITS: [(Resource, u64); 2] = [(Resource::Core, 0), (Resource::Nproc, 1024)];
 
 /// Drops all but the rights over files.
-pub(super) fn drop_all_but_files() -> Result<(), JailError> {
+pub(super) fn drop_all_but_files(host: &Host) -> Result<(), JailError> {
     for capability in capability_numbers().filter(|capability| !KEPT.contains(*capability)) {
         match remove_capability_from_bounding_set(capability) {
             // The first that this kernel does not know: there are no more.
@@ -41,26 +41,16 @@ pub(super) fn drop_all_but_files() -> Result<(), JailError> {
         setrlimit(resource, Rlimit { current: Some(limit), maximum: Some(limit) }).map_err(refused("set a limit"))?;
     }
     set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(refused("refuse to be traced"))?;
-    read_back(&kept)
+    read_back(&host.read("status").map_err(refused("read the capabilities"))?)
 }
 
-fn read_back(kept: &CapabilitySets) -> Result<(), JailError> {
-    check("dropping capabilities", capabilities(None).map_err(refused("read the capabilities"))? == *kept)?;
-    for capability in capability_numbers() {
-        match capability_is_in_bounding_set(capability) {
-            Err(Errno::INVAL) => break,
-            bound => check(
-                "bounding the capabilities",
-                bound.map_err(refused("read the bounding set"))? == KEPT.contains(capability),
-            )?,
-        }
+/// `status` is `/proc/self/status`, which says in one call what `prctl(2)` says of one capability at a time.
+fn read_back(status: &str) -> Result<(), JailError> {
+    let none = CapabilitySet::empty();
+    for (name, wanted) in [("CapInh", none), ("CapPrm", KEPT), ("CapEff", KEPT), ("CapBnd", KEPT), ("CapAmb", none)] {
+        check("dropping capabilities", field(status, name, 16) == Some(wanted.bits()))?;
     }
-    // What is not permitted is not ambient, and no more than these is permitted.
-    for capability in KEPT.iter() {
-        let ambient = capability_is_in_ambient_set(capability).map_err(refused("read the ambient set"))?;
-        check("clearing the ambient capabilities", !ambient)?;
-    }
-    check("refusing new privileges", no_new_privs().map_err(refused("read no_new_privs"))?)?;
+    check("refusing new privileges", field(status, "NoNewPrivs", 10) == Some(1))?;
     for (resource, limit) in LIMITS {
         check("setting a limit", getrlimit(resource).maximum == Some(limit))?;
     }
@@ -68,7 +58,40 @@ fn read_back(kept: &CapabilitySets) -> Result<(), JailError> {
     check("refusing to be traced", dumpable == DumpableBehavior::NotDumpable)
 }
 
+/// A number in `/proc/self/status`.
+fn field(status: &str, name: &str, radix: u32) -> Option<u64> {
+    let value = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    u64::from_str_radix(value.trim(), radix).ok()
+}
+
 /// Each capability that there can be. A kernel knows those below a number of its own, and says `EINVAL` to the others.
 fn capability_numbers() -> impl Iterator<Item = CapabilitySet> {
     (0..u64::BITS).map(|number| CapabilitySet::from_bits_retain(1 << number))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{KEPT, read_back};
+
+    fn status(inherited: &str, bounding: &str, no_new_privs: u8) -> String {
+        let kept = format!("{:016x}", KEPT.bits());
+        format!(
+            "CapInh:\t{inherited}\nCapPrm:\t{kept}\nCapEff:\t{kept}\nCapBnd:\t{bounding}\nCapAmb:\t0\nNoNewPrivs:\t{no_new_privs}\n"
+        )
+    }
+
+    /// How far reading back comes in a process that is not confined.
+    fn step_of(status: &str) -> String {
+        read_back(status).expect_err("this process is not confined").to_string()
+    }
+
+    #[test]
+    fn what_was_not_dropped_is_found() {
+        let kept = format!("{:016x}", KEPT.bits());
+        assert!(step_of(&status("0", "1ffffffffff", 1)).contains("dropping capabilities"));
+        assert!(step_of(&status("1", &kept, 1)).contains("dropping capabilities"));
+        assert!(step_of(&status("0", &kept, 0)).contains("refusing new privileges"));
+        assert!(step_of(&status("0", &kept, 1)).contains("setting a limit"));
+        assert!(step_of("").contains("dropping capabilities"));
+    }
 }

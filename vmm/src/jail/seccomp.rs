@@ -3,18 +3,15 @@
 //! A list holds what its threads were seen to need under the stories, and what the C library and the allocator may do at any
 //! time. Memory is never executable, descriptors never name a new socket, threads of other processes are never signalled.
 
-use std::collections::BTreeMap;
 use std::io;
 
 use libc::c_long;
-use seccompiler::{BpfProgram, apply_filter};
-
-use super::{JailError, refused};
+use seccompiler::apply_filter;
 
 mod program;
 
 /// What a thread is for.
-#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum ThreadKind {
     /// The main thread, once the VM is built.
     EventLoop,
@@ -30,8 +27,8 @@ pub enum ThreadKind {
     VsockFinish,
 }
 
-/// A call, and what must be true of one of its arguments.
-#[derive(Clone, Copy)]
+/// A call, and what must be true of one of its arguments. What one list allows always and another sometimes is allowed always.
+#[derive(Clone, Copy, PartialEq)]
 struct Allowed {
     call: c_long,
     when: When,
@@ -270,43 +267,31 @@ impl ThreadKind {
     }
 }
 
-/// The filters, ready to be loaded.
-#[derive(Debug)]
+/// Filters of all kinds but one, if one is left out, for a story only.
+#[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Filters {
-    programs: BTreeMap<ThreadKind, BpfProgram>,
-    /// Nothing is taken from this kind; for a story only.
     left_out: Option<ThreadKind>,
 }
 
 impl Filters {
-    /// One for each kind of thread.
-    pub(super) fn new() -> Result<Self, JailError> {
-        let programs = ThreadKind::ALL.into_iter().map(|kind| Ok((kind, program::program(&calls(kind))?)));
-        let programs = programs.collect::<io::Result<_>>().map_err(refused("make the filters of system calls"))?;
-        Ok(Self { programs, left_out: None })
-    }
-
     /// Confines the calling thread, and all that it starts.
-    pub(super) fn apply(&self, kind: ThreadKind) -> io::Result<()> {
+    pub(super) fn apply(self, kind: ThreadKind) -> io::Result<()> {
         if self.left_out == Some(kind) {
             return Ok(());
         }
-        let program = self.programs.get(&kind).ok_or(io::ErrorKind::NotFound)?;
-        apply_filter(program).map_err(io::Error::other)
+        apply_filter(&program::program(&calls(kind))?).map_err(io::Error::other)
     }
 
     /// The same, but nothing is taken from one kind.
-    pub(super) fn without(&self, kind: ThreadKind) -> Self {
-        Self { programs: self.programs.clone(), left_out: Some(kind) }
+    pub(super) fn without(kind: ThreadKind) -> Self {
+        Self { left_out: Some(kind) }
     }
 }
 
-/// What is allowed always in one list and sometimes in another is allowed always.
-fn calls(kind: ThreadKind) -> BTreeMap<c_long, Vec<When>> {
-    let mut calls = BTreeMap::<c_long, Vec<When>>::new();
-    for Allowed { call, when } in kind.lists().iter().copied().flatten() {
-        calls.entry(*call).or_default().push(*when);
-    }
+/// The lists of a kind as one, by number.
+fn calls(kind: ThreadKind) -> Vec<Allowed> {
+    let mut calls = kind.lists().concat();
+    calls.sort_by_key(|allowed| allowed.call);
     calls
 }
 

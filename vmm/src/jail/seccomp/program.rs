@@ -1,16 +1,15 @@
 //! A list of calls as a program of classic BPF (`seccomp(2)`, `linux/filter.h`), which finds a call's number by halves: a tenth of
 //! the instructions that a test of each number in turn takes, and the kernel runs a filter for each number when it is loaded.
 
-use std::collections::BTreeMap;
 use std::io;
 
 use libc::{
     BPF_ABS, BPF_JEQ, BPF_JGE, BPF_JMP, BPF_JSET, BPF_K, BPF_LD, BPF_RET, BPF_W, SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO,
-    SECCOMP_RET_KILL_PROCESS, c_long,
+    SECCOMP_RET_KILL_PROCESS,
 };
 use seccompiler::{BpfProgram, sock_filter};
 
-use super::When;
+use super::{Allowed, When};
 
 /// `seccomp_data`: where the kernel shows the number, the architecture and the arguments, of which the lower half comes first.
 const NUMBER: u32 = 0;
@@ -27,27 +26,27 @@ const AUDIT_ARCH: u32 = 0xc000_003e;
 enum Answer<'a> {
     Return(u32),
     /// Allowed when one of them holds.
-    Conditions(&'a [When]),
+    Conditions(&'a [Allowed]),
 }
 
 const REFUSED: Answer<'_> = Answer::Return(SECCOMP_RET_KILL_PROCESS);
 
-impl<'a> From<&'a [When]> for Answer<'a> {
-    fn from(conditions: &'a [When]) -> Self {
+impl<'a> From<&'a [Allowed]> for Answer<'a> {
+    fn from(conditions: &'a [Allowed]) -> Self {
         match conditions {
-            [When::NotThere] => Self::Return(SECCOMP_RET_ERRNO | libc::ENOSYS.unsigned_abs()),
-            _ if conditions.contains(&When::Always) => Self::Return(SECCOMP_RET_ALLOW),
+            [Allowed { when: When::NotThere, .. }] => Self::Return(SECCOMP_RET_ERRNO | libc::ENOSYS.unsigned_abs()),
+            _ if conditions.iter().any(|allowed| allowed.when == When::Always) => Self::Return(SECCOMP_RET_ALLOW),
             _ => Self::Conditions(conditions),
         }
     }
 }
 
-/// Ends the process at any call that is not among these, or whose conditions all fail.
+/// Ends the process at any call that is not among these, which are sorted by number, or whose conditions all fail.
 ///
 /// # Errors
 ///
 /// A list so long that a jump does not reach.
-pub(super) fn program(calls: &BTreeMap<c_long, Vec<When>>) -> io::Result<BpfProgram> {
+pub(super) fn program(calls: &[Allowed]) -> io::Result<BpfProgram> {
     // From each number up to the next.
     let mut ranges = vec![(0, REFUSED)];
     let mut becomes = |number: u32, answer| {
@@ -56,35 +55,39 @@ pub(super) fn program(calls: &BTreeMap<c_long, Vec<When>>) -> io::Result<BpfProg
             ranges.push((number, answer));
         }
     };
-    for (&call, conditions) in calls {
-        let number = u32::try_from(call).map_err(io::Error::other)?;
-        becomes(number, conditions.as_slice().into());
+    for conditions in calls.chunk_by(|one, next| one.call == next.call) {
+        let number = u32::try_from(conditions[0].call).map_err(io::Error::other)?;
+        becomes(number, conditions.into());
         becomes(number + 1, REFUSED);
     }
     let mut program = Reversed::default();
     let refused = program.answer(REFUSED)?;
     let calls = program.halves(&ranges)?;
     program.push(load(NUMBER));
-    debug_assert_eq!(calls + 1, program.0.len(), "it goes on with the number");
-    program.jump(BPF_JEQ, AUDIT_ARCH, program.0.len(), refused)?;
+    debug_assert_eq!(calls + 1, program.instructions.len(), "it goes on with the number");
+    program.jump(BPF_JEQ, AUDIT_ARCH, program.instructions.len(), refused)?;
     program.push(load(ARCHITECTURE));
-    program.0.reverse();
-    Ok(program.0)
+    program.instructions.reverse();
+    Ok(program.instructions)
 }
 
 /// A program from its end, for jumps go forward only: where one goes to is there already. A place is the number of instructions up
 /// to it and with it.
 #[derive(Default)]
-struct Reversed(BpfProgram);
+struct Reversed {
+    instructions: BpfProgram,
+    /// Where each value is returned.
+    returns: Vec<(u32, usize)>,
+}
 
 impl Reversed {
     fn push(&mut self, instruction: sock_filter) -> usize {
-        self.0.push(instruction);
-        self.0.len()
+        self.instructions.push(instruction);
+        self.instructions.len()
     }
 
     fn jump(&mut self, test: u32, value: u32, holds: usize, fails: usize) -> io::Result<usize> {
-        let distance = |place| u8::try_from(self.0.len() - place);
+        let distance = |place| u8::try_from(self.instructions.len() - place);
         let (Ok(holds), Ok(fails)) = (distance(holds), distance(fails)) else {
             return Err(io::Error::other("a list of system calls is too long for a filter"));
         };
@@ -109,8 +112,8 @@ impl Reversed {
             Answer::Conditions(conditions) => conditions,
         };
         let (allowed, mut otherwise) = (self.ret(SECCOMP_RET_ALLOW), self.ret(SECCOMP_RET_KILL_PROCESS));
-        for condition in conditions {
-            let (argument, values) = match *condition {
+        for Allowed { when, .. } in conditions {
+            let (argument, values) = match *when {
                 When::OneOf(argument, values) => (argument, values),
                 When::OwnProcess(argument) => (argument, &[std::process::id()][..]),
                 When::Without(argument, bits) => {
@@ -130,9 +133,12 @@ impl Reversed {
 
     /// One for all that return this.
     fn ret(&mut self, action: u32) -> usize {
-        let ret = instruction(BPF_RET | BPF_K, action, 0, 0);
-        let there = self.0.iter().position(|known| *known == ret);
-        there.map_or_else(|| self.push(ret), |index| index + 1)
+        if let Some((_, there)) = self.returns.iter().find(|(known, _)| *known == action) {
+            return *there;
+        }
+        let there = self.push(instruction(BPF_RET | BPF_K, action, 0, 0));
+        self.returns.push((action, there));
+        there
     }
 }
 
@@ -147,6 +153,8 @@ const fn instruction(code: u32, k: u32, jt: u8, jf: u8) -> sock_filter {
 
 #[cfg(test)]
 mod tests {
+    use libc::c_long;
+
     use super::super::{ThreadKind, calls};
     use super::*;
 
@@ -185,12 +193,13 @@ mod tests {
             let calls = calls(kind);
             let program = program(&calls).expect("a program");
             for number in numbers() {
-                let expected = match calls.get(&c_long::from(number)).map(Vec::as_slice) {
-                    None => SECCOMP_RET_KILL_PROCESS,
-                    Some([When::NotThere]) => SECCOMP_RET_ERRNO | libc::ENOSYS.unsigned_abs(),
-                    Some(when) if when.iter().any(|when| matches!(when, When::Always)) => SECCOMP_RET_ALLOW,
+                let of_number = calls.iter().filter(|allowed| allowed.call == c_long::from(number));
+                let expected = match of_number.map(|allowed| allowed.when).collect::<Vec<_>>().as_slice() {
+                    [] => SECCOMP_RET_KILL_PROCESS,
+                    [When::NotThere] => SECCOMP_RET_ERRNO | libc::ENOSYS.unsigned_abs(),
+                    when if when.contains(&When::Always) => SECCOMP_RET_ALLOW,
                     // Those below say more.
-                    Some(_) => continue,
+                    _ => continue,
                 };
                 assert_eq!(run(&program, number, [0; 6]), expected, "{kind:?}, {number}");
             }
@@ -200,8 +209,8 @@ mod tests {
     #[test]
     fn each_condition_is_enough_and_none_is_too_little() {
         let own = std::process::id();
-        let conditions = vec![When::OneOf(1, &[3, 5]), When::Without(0, 6), When::OneOf(1, &[7]), When::OwnProcess(2)];
-        let program = program(&BTreeMap::from([(16, conditions)])).expect("a program");
+        let conditions = [When::OneOf(1, &[3, 5]), When::Without(0, 6), When::OneOf(1, &[7]), When::OwnProcess(2)];
+        let program = program(&conditions.map(|when| Allowed { call: 16, when })).expect("a program");
         let allowed = |arguments| run(&program, 16, arguments) == SECCOMP_RET_ALLOW;
         for second in [3, 5, 7, 0xffff_ffff_0000_0005] {
             assert!(allowed([2, second, 0, 0, 0, 0]), "{second:#x}");
@@ -214,7 +223,7 @@ mod tests {
 
     #[test]
     fn another_architecture_has_no_calls() {
-        let mut program = program(&BTreeMap::from([(0, vec![When::Always])])).expect("a program");
+        let mut program = program(&[Allowed { call: 0, when: When::Always }]).expect("a program");
         assert_eq!(run(&program, 0, [0; 6]), SECCOMP_RET_ALLOW);
         program[1].k = 0x4000_0003; // AUDIT_ARCH_I386
         assert_eq!(run(&program, 0, [0; 6]), SECCOMP_RET_KILL_PROCESS);

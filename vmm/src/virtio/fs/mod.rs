@@ -19,7 +19,7 @@ use virtiofsd::passthrough::{self, PassthroughFs};
 use virtiofsd::server::Server;
 use vmm_api::CachePolicy;
 
-use super::{ActivateError, Activation, VirtioDevice};
+use super::{ActivateError, Activation, ActiveQueue, VirtioDevice};
 use checked::CheckedFs;
 use worker::Worker;
 #[cfg(any(test, fuzzing))]
@@ -168,12 +168,23 @@ impl VirtioDevice for Fs {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        // A driver with fewer CPUs than queues leaves some alone.
-        for (index, queue) in activation.queues.into_iter().enumerate().filter(|(_, queue)| queue.queue.ready()) {
-            let worker =
-                Worker::spawn(index, queue, activation.memory.clone(), self.server.clone(), &activation.device_thread)
-                    .map_err(|source| ActivateError::Host { action: "start a worker of a share", source })?;
-            self.workers.push(worker);
+        let Activation { memory, queues, device_thread, .. } = activation;
+        // A driver with fewer CPUs than queues leaves some alone. The high-priority queue has what is forgotten, which is rare and
+        // has no answer: the thread of the first requests does it.
+        let mut threads: Vec<(usize, Vec<ActiveQueue>)> = Vec::new();
+        for (index, queue) in queues.into_iter().enumerate().filter(|(_, queue)| queue.queue.ready()) {
+            match threads.last_mut() {
+                Some((name @ 0, served)) => {
+                    *name = index;
+                    served.push(queue);
+                }
+                _ => threads.push((index, vec![queue])),
+            }
+        }
+        for (index, served) in threads {
+            let worker = Worker::spawn(index, served, memory.clone(), self.server.clone(), &device_thread);
+            self.workers
+                .push(worker.map_err(|source| ActivateError::Host { action: "start a worker of a share", source })?);
         }
         Ok(())
     }

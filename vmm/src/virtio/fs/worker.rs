@@ -1,4 +1,4 @@
-//! The thread of one queue: wait for the doorbell, answer everything that is there, interrupt once.
+//! A thread that serves queues: wait for a doorbell, answer everything that is there, interrupt once.
 
 use std::io;
 use std::os::fd::AsRawFd as _;
@@ -29,18 +29,22 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    /// Starts the thread of queue `index`.
+    /// Starts the thread `fsN` of some queues, N being `index`.
     pub(super) fn spawn(
         index: usize,
-        queue: ActiveQueue,
+        queues: Vec<ActiveQueue>,
         memory: Arc<GuestMemory>,
         server: Arc<Server<CheckedFs>>,
         device_thread: &DeviceThread,
     ) -> io::Result<Self> {
         let stop = EventFd::new(EFD_NONBLOCK)?;
-        let doorbell = Doorbell::create(&queue.kick, &stop)?;
+        let doorbell = Doorbell::create(queues.iter().map(|queue| &queue.kick), &stop)?;
         let stopping = Arc::new(AtomicBool::new(false));
-        let mut serving = Serving { queue, memory, server, spare: SpareRoom::create()?, stopping: stopping.clone() };
+        let mut served = Vec::new();
+        for queue in queues {
+            let (memory, server, stopping) = (memory.clone(), server.clone(), stopping.clone());
+            served.push(Serving { queue, memory, server, spare: SpareRoom::create()?, stopping });
+        }
         let builder = thread::Builder::new().name(format!("fs{index}"));
         let thread = device_thread.spawn(builder, ThreadKind::Fs, move || {
             // virtiofsd changes the umask and the credentials of the calling thread only; the umask needs its own fs_struct.
@@ -48,7 +52,8 @@ impl Worker {
                 tracing::error!("a worker cannot have a file system context of its own; the share is not served");
                 return;
             }
-            serving.run(&doorbell);
+            // A driver that broke its rings gets no answer until it resets the device.
+            while doorbell.rings() && served.iter_mut().all(|queue| queue.serve_all().is_ok()) {}
         })?;
         Ok(Self { stop, stopping, thread: Some(thread) })
     }
@@ -74,15 +79,6 @@ struct Serving {
 }
 
 impl Serving {
-    fn run(&mut self, doorbell: &Doorbell) {
-        while doorbell.rings() {
-            if self.serve_all().is_err() {
-                // The driver broke its rings: nothing can be answered until it resets the device.
-                return;
-            }
-        }
-    }
-
     fn serve_all(&mut self) -> Result<(), virtio_queue::Error> {
         let mut empty_turns = 0;
         loop {
@@ -131,7 +127,7 @@ impl Serving {
     }
 }
 
-/// Waits for the doorbell or for the order to stop.
+/// Waits for one of the doorbells or for the order to stop.
 struct Doorbell {
     epoll: Epoll,
 }
@@ -140,9 +136,11 @@ const KICK: u64 = 0;
 const STOP: u64 = 1;
 
 impl Doorbell {
-    fn create(kick: &EventFd, stop: &EventFd) -> io::Result<Self> {
+    fn create<'a>(kicks: impl Iterator<Item = &'a EventFd>, stop: &EventFd) -> io::Result<Self> {
         let epoll = Epoll::new()?;
-        epoll.ctl(ControlOperation::Add, kick.as_raw_fd(), EpollEvent::new(RING, KICK))?;
+        for kick in kicks {
+            epoll.ctl(ControlOperation::Add, kick.as_raw_fd(), EpollEvent::new(RING, KICK))?;
+        }
         epoll.ctl(ControlOperation::Add, stop.as_raw_fd(), EpollEvent::new(EventSet::IN, STOP))?;
         Ok(Self { epoll })
     }

@@ -262,7 +262,7 @@ fn a_ring_that_promises_requests_and_has_none_is_left() {
 fn a_worker_that_is_dropped_ends() {
     let Share { driver, memory, serving, .. } = Share::new();
     let device_thread = DeviceThread::start(Jail::default()).expect("a thread");
-    let worker = Worker::spawn(1, driver.activate(), memory, serving.server, &device_thread).expect("a worker");
+    let worker = Worker::spawn(1, vec![driver.activate()], memory, serving.server, &device_thread).expect("a worker");
     drop(worker);
 }
 
