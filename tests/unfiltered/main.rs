@@ -6,17 +6,15 @@
 use std::path::Path;
 use std::process::ExitCode;
 
+use vmm::cli;
 use vmm::jail::{self, Jail, ThreadKind};
-use vmm::process;
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().collect();
-    let name = Path::new(&arguments[0]).file_name().expect("a name").to_string_lossy();
-    let config_fd = arguments.iter().skip_while(|argument| *argument != "--config-fd").nth(1).expect("--config-fd FD");
-    let config_fd = config_fd.parse().expect("a number");
+    let program = std::env::args_os().next().expect("a name");
+    let name = Path::new(&program).file_name().expect("a name").to_string_lossy();
     if name == "unconfined" {
-        return process::run(config_fd, || Ok((Jail::default(), jail::mount_for_ram()?))).expect("the VM runs").into();
+        return cli::main(|| Ok((Jail::default(), jail::mount_for_ram()?)));
     }
     let kind = ThreadKind::ALL.into_iter().find(|kind| format!("{kind:?}") == name).expect("a kind of threads");
-    process::run(config_fd, || jail::enter().map(|(jail, ram)| (jail.without(kind), ram))).expect("the VM runs").into()
+    cli::main(|| jail::enter().map(|(jail, ram)| (jail.without(kind), ram)))
 }

@@ -1,7 +1,6 @@
 //! Loads the kernel into guest RAM and composes the command line.
 
 use std::fs::File;
-use std::io;
 use std::os::fd::OwnedFd;
 
 use linux_loader::loader::elf::{Elf, PvhBootCapability};
@@ -10,7 +9,7 @@ use thiserror::Error;
 use vm_memory::{Address as _, Bytes as _, GuestAddress, GuestMemoryError};
 use vmm_api::VmConfig;
 
-use crate::arch::layout::{COMMAND_LINE, COMMAND_LINE_MAX, HIMEM_START, KERNEL_START};
+use crate::arch::layout::{COMMAND_LINE, COMMAND_LINE_MAX, HIMEM_START};
 use crate::memory::Backing;
 use crate::virtio::GuestMemory;
 
@@ -23,9 +22,6 @@ pub enum KernelError {
     /// The kernel has no PVH entry.
     #[error("the guest kernel has no PVH note: build it with CONFIG_PVH")]
     NoPvh,
-    /// The kernel cannot be read.
-    #[error("cannot read the guest kernel")]
-    Read(#[source] io::Error),
     /// Guest RAM refused a write.
     #[error("cannot write to guest RAM")]
     Write(#[source] GuestMemoryError),
@@ -59,7 +55,7 @@ const COMMAND_LINE_ROOT: &str = "root=/dev/pmem0 rootfstype=erofs rootflags=dax=
 /// [`KernelError::Load`] and [`KernelError::NoPvh`].
 pub fn load_kernel(memory: &GuestMemory, kernel: OwnedFd, backing: &Backing) -> Result<u64, KernelError> {
     let mut file = File::from(kernel);
-    backing.prepare(memory, KERNEL_START, file.metadata().map_err(KernelError::Read)?.len());
+    backing.prepare(memory);
     let KernelLoaderResult { pvh_boot_cap, .. } =
         Elf::load(memory, None, &mut file, Some(GuestAddress(HIMEM_START))).map_err(KernelError::Load)?;
     match pvh_boot_cap {

@@ -10,6 +10,7 @@
 
 pub mod arch;
 pub mod bus;
+pub mod cli;
 pub mod control;
 pub mod device_thread;
 pub mod event_loop;

@@ -11,6 +11,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::ptr;
 use std::sync::Arc;
@@ -57,13 +58,15 @@ pub enum MemoryError {
 const RAM_NAME: &str = "guest-ram";
 /// Size of a large page of the host.
 const LARGE_PAGE: usize = 2 << 20;
-/// Where the guest's allocator begins: the first large page, of what lies between that and the kernel the upper half, and behind
-/// the kernel what a small container takes.
-const BELOW_KERNEL: u64 = 8 << 20;
-const ABOVE_KERNEL: u64 = 4 << 20;
-/// At the end of RAM is the array of `struct page`, 64 bytes for 4 KiB; and below it per-CPU areas and hash tables.
+/// What a guest with our kernel touches before its first container runs, in MiB, but for large pages of which it touches few: boot
+/// tables, what its allocator gives first, the kernel's code, its data.
+const TOUCHED: [Range<u64>; 4] = [0..2, 8..14, 16..26, 28..34];
+/// The same of a guest with 1 GiB or more, in addition.
+const TOUCHED_OF_MUCH: [Range<u64>; 2] = [14..16, 36..38];
+/// At the end of RAM is the array of `struct page`, 64 bytes for 4 KiB; and below it hash tables, which grow with RAM, and the rest.
 const PAGES_TO_THEIR_ARRAY: u64 = 64;
-const TABLES: u64 = 3 << 20;
+const PAGES_TO_HASH_TABLES: u64 = 512;
+const TABLES: u64 = 1 << 20;
 
 /// Pages of the host under what is loaded at boot.
 #[derive(Debug, Default)]
@@ -122,17 +125,18 @@ impl Backing {
         Ok(file)
     }
 
-    /// Has the host make these pages of what each guest touches, whose kernel is about to be loaded at `kernel` and has this length.
-    /// Only a hint.
-    pub fn prepare(&self, memory: &GuestMemory, kernel: u64, len: u64) {
+    /// Has the host make these pages of what each guest touches. Only a hint.
+    pub fn prepare(&self, memory: &GuestMemory) {
         if let Self::Small = self {
             return;
         }
         let size: u64 = memory.iter().map(GuestMemoryRegion::len).sum();
         let end = memory.last_addr().raw_value() + 1;
-        populate(memory, 0, 1);
-        populate(memory, kernel - BELOW_KERNEL, kernel + len + ABOVE_KERNEL);
-        populate(memory, end.saturating_sub(size / PAGES_TO_THEIR_ARRAY + TABLES), end);
+        let of_much = if size >> 30 > 0 { &TOUCHED_OF_MUCH[..] } else { &[] };
+        for Range { start, end } in TOUCHED.iter().chain(of_much) {
+            populate(memory, start << 20, end << 20);
+        }
+        populate(memory, end.saturating_sub(size / PAGES_TO_THEIR_ARRAY + size / PAGES_TO_HASH_TABLES + TABLES), end);
     }
 }
 
@@ -234,7 +238,7 @@ mod tests {
             // Any folder of a file system in memory.
             let backing = Backing::Large(File::open("/dev/shm").expect("a tmpfs").into());
             let memory = backing.create(mib).expect("memory");
-            backing.prepare(&memory, 16 << 20, 20 << 20);
+            backing.prepare(&memory);
             assert_eq!(memory.read_obj::<u64>(GuestAddress(0)).expect("RAM"), 0, "{mib}");
         }
     }

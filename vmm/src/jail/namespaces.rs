@@ -5,13 +5,13 @@ use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::ptr;
 
-use nix::sched::{CloneFlags, clone, setns, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
-use nix::unistd::{Pid, pause};
+use nix::unistd::Pid;
 use rustix::fs::{CWD, Mode, OFlags, openat, readlinkat};
-use rustix::io::Errno;
 use rustix::process::{PidfdFlags, getegid, geteuid, pidfd_open};
 
 use super::{JailError, check, refused};
@@ -54,11 +54,16 @@ impl Host {
     pub(super) fn enter_user_namespace(&self) -> Result<(), JailError> {
         let before = self.read_link("ns/user")?;
         let namespace = UserNamespace::create()?;
-        let mapped = self.write_maps(&namespace.process).map_err(refused("map the users of a user namespace"));
-        let entered = mapped.and_then(|()| namespace.enter());
+        let entered = self.map_and_enter(&namespace);
         namespace.let_go()?;
         entered?;
         check("entering a user namespace", before != self.read_link("ns/user")? && geteuid().is_root())
+    }
+
+    fn map_and_enter(&self, namespace: &UserNamespace) -> Result<(), JailError> {
+        let process = namespace.process().map_err(refused("find a child"))?;
+        self.write_maps(&process).map_err(refused("map the users of a user namespace"))?;
+        setns(&process, CloneFlags::CLONE_NEWUSER).map_err(refused("enter a user namespace"))
     }
 
     /// Who is in a user namespace has no rights in the one above, which the maps need; so it is done from here.
@@ -104,10 +109,16 @@ impl Host {
     }
 }
 
+extern "C" fn do_nothing(_: *mut libc::c_void) -> i32 {
+    loop {
+        // SAFETY: it has no argument.
+        unsafe { libc::pause() };
+    }
+}
+
 /// A user namespace with a process in it that does nothing.
 struct UserNamespace {
     child: Pid,
-    process: OwnedFd,
     /// The process runs on it.
     _stack: Box<[u8; STACK_LEN]>,
 }
@@ -119,28 +130,17 @@ impl UserNamespace {
     /// write to afterwards. Instead of: a fork, and `unshare(2)` of our own, which no process that shares memory may call.
     fn create() -> Result<Self, JailError> {
         let mut stack = Box::new([0; STACK_LEN]);
-        let flags = CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_VM;
-        // SAFETY: the child touches nothing but its stack, which outlives it, and never returns.
-        let child = unsafe {
-            clone(
-                Box::new(|| {
-                    loop {
-                        pause()
-                    }
-                }),
-                &mut *stack,
-                flags,
-                Some(Signal::SIGCHLD as i32),
-            )
-        }
-        .map_err(refused("make a user namespace"))?;
-        let process = rustix::process::Pid::from_raw(child.as_raw()).ok_or(Errno::SRCH);
-        let process = process.and_then(|pid| pidfd_open(pid, PidfdFlags::empty())).map_err(refused("find a child"))?;
-        Ok(Self { child, process, _stack: stack })
+        let flags = libc::CLONE_NEWUSER | libc::CLONE_VM | libc::SIGCHLD;
+        // SAFETY: the child touches nothing but its stack, which outlives it, and never returns. (nix's `clone` has it read what is on
+        // the parent's.)
+        let child = unsafe { libc::clone(do_nothing, stack.as_mut_ptr_range().end.cast(), flags, ptr::null_mut()) };
+        let child = nix::errno::Errno::result(child).map_err(refused("make a user namespace"))?;
+        Ok(Self { child: Pid::from_raw(child), _stack: stack })
     }
 
-    fn enter(&self) -> Result<(), JailError> {
-        setns(&self.process, CloneFlags::CLONE_NEWUSER).map_err(refused("enter a user namespace"))
+    fn process(&self) -> io::Result<OwnedFd> {
+        let pid = rustix::process::Pid::from_raw(self.child.as_raw()).ok_or(io::ErrorKind::NotFound)?;
+        Ok(pidfd_open(pid, PidfdFlags::empty())?)
     }
 
     /// Ends the process; the namespace stays as long as somebody else is in it.

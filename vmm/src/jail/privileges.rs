@@ -1,5 +1,7 @@
 //! What is left of root: the rights over files that serving shares needs, in our user namespace only; limits.
 
+use std::collections::HashMap;
+
 use rustix::io::Errno;
 use rustix::process::{
     DumpableBehavior, Resource, Rlimit, dumpable_behavior, getrlimit, set_dumpable_behavior, setrlimit,
@@ -46,22 +48,18 @@ pub(super) fn drop_all_but_files(host: &Host) -> Result<(), JailError> {
 
 /// `status` is `/proc/self/status`, which says in one call what `prctl(2)` says of one capability at a time.
 fn read_back(status: &str) -> Result<(), JailError> {
+    let of_name: HashMap<&str, &str> = status.lines().filter_map(|line| line.split_once(":\t")).collect();
+    let number = |name, radix| of_name.get(name).and_then(|value| u64::from_str_radix(value, radix).ok());
     let none = CapabilitySet::empty();
     for (name, wanted) in [("CapInh", none), ("CapPrm", KEPT), ("CapEff", KEPT), ("CapBnd", KEPT), ("CapAmb", none)] {
-        check("dropping capabilities", field(status, name, 16) == Some(wanted.bits()))?;
+        check("dropping capabilities", number(name, 16) == Some(wanted.bits()))?;
     }
-    check("refusing new privileges", field(status, "NoNewPrivs", 10) == Some(1))?;
+    check("refusing new privileges", number("NoNewPrivs", 10) == Some(1))?;
     for (resource, limit) in LIMITS {
         check("setting a limit", getrlimit(resource).maximum == Some(limit))?;
     }
     let dumpable = dumpable_behavior().map_err(refused("read whether we can be traced"))?;
     check("refusing to be traced", dumpable == DumpableBehavior::NotDumpable)
-}
-
-/// A number in `/proc/self/status`.
-fn field(status: &str, name: &str, radix: u32) -> Option<u64> {
-    let value = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-    u64::from_str_radix(value.trim(), radix).ok()
 }
 
 /// Each capability that there can be. A kernel knows those below a number of its own, and says `EINVAL` to the others.

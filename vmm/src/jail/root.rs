@@ -1,6 +1,7 @@
 //! An empty root. All that is in it is `/proc/self/fd`, by which virtiofsd opens again what it holds; it shows only our own
 //! descriptors, and no way leads up from it.
 
+use std::fs::create_dir;
 use std::os::fd::OwnedFd;
 
 use rustix::fs::{StatVfsMountFlags, statvfs};
@@ -21,9 +22,10 @@ pub(super) fn replace() -> Result<(), JailError> {
     mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)
         .map_err(refused("keep mounts from the host"))?;
     mount("vmm", NEW_ROOT, "tmpfs", BARE, Some(c"mode=555,size=64k,nr_inodes=8")).map_err(refused("mount a root"))?;
-    let descriptors = format!("{NEW_ROOT}/proc/self/fd");
-    std::fs::create_dir_all(&descriptors).map_err(refused("make folders in the root"))?;
-    mount_bind("/proc/self/fd", &descriptors).map_err(refused("mount /proc/self/fd"))?;
+    for folder in ["/proc", "/proc/self", "/proc/self/fd"] {
+        create_dir(format!("{NEW_ROOT}{folder}")).map_err(refused("make folders in the root"))?;
+    }
+    mount_bind("/proc/self/fd", format!("{NEW_ROOT}/proc/self/fd")).map_err(refused("mount /proc/self/fd"))?;
     chdir(NEW_ROOT).map_err(refused("enter the root"))?;
     pivot_root(".", ".").map_err(refused("change the root"))?;
     // The old root lies on top of the new one until then.

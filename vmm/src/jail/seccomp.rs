@@ -11,7 +11,7 @@ use seccompiler::apply_filter;
 mod program;
 
 /// What a thread is for.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub enum ThreadKind {
     /// The main thread, once the VM is built.
     EventLoop,

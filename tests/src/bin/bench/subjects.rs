@@ -63,7 +63,7 @@ impl Subjects {
 
     /// `vmrun exec` in a container that runs, for the second time there.
     pub(crate) fn vmrun_exec(&self) -> Result<Counts> {
-        let _container = Detached::start(&self.story, &[])?;
+        let _container = Detached::start(&self.story, "bench", &[])?;
         let exec = ["exec", "bench", "/marker"];
         succeed(&self.story, &exec)?;
         let processes = memory::processes_of(&self.story)?;
@@ -90,9 +90,10 @@ impl Subjects {
         counts.get("run.system calls.vmrun").copied().context("no system call was seen")
     }
 
-    /// An idle VM of 128 MiB.
+    /// An idle VM of 128 MiB beside another, without which the pages of all files were its own.
     pub(crate) fn vmrun_idle(&self) -> Result<Counts> {
-        let _container = Detached::start(&self.story, &["--memory", SMALL_MEMORY])?;
+        let _other = Detached::start(&self.story, "other", &["--memory", SMALL_MEMORY])?;
+        let _container = Detached::start(&self.story, "bench", &["--memory", SMALL_MEMORY])?;
         memory::measure(&memory::processes_of(&self.story)?)
     }
 
@@ -137,22 +138,25 @@ fn pod_namespace(lan: &Lan) -> Netns {
     netns
 }
 
-/// A container `bench` that sleeps.
-struct Detached<'a>(&'a Story);
+/// A container that sleeps.
+struct Detached<'a> {
+    story: &'a Story,
+    name: &'static str,
+}
 
 impl<'a> Detached<'a> {
-    fn start(story: &'a Story, options: &[&str]) -> Result<Self> {
+    fn start(story: &'a Story, name: &'static str, options: &[&str]) -> Result<Self> {
         let image = story.image();
-        let run = [&["run", "--detach", "--name", "bench"], options, &[&image, "sleep", "100000"]].concat();
+        let run = [&["run", "--detach", "--name", name], options, &[&image, "sleep", "100000"]].concat();
         succeed(story, &run)?;
-        Ok(Self(story))
+        Ok(Self { story, name })
     }
 }
 
 impl Drop for Detached<'_> {
     fn drop(&mut self) {
         // What is left of it fails the next start, by its name.
-        let _ = self.0.call(&["rm", "--force", "bench"]);
+        let _ = self.story.call(&["rm", "--force", self.name]);
     }
 }
 

@@ -24,8 +24,6 @@ pub const PCI_CONFIG_COPY: u64 = 0xd_0000;
 pub const MP_TABLE: u64 = 0xf_0000;
 /// RAM above the first megabyte.
 pub const HIMEM_START: u64 = 0x10_0000;
-/// Where our kernel is linked (`CONFIG_PHYSICAL_START`); another may lie elsewhere.
-pub const KERNEL_START: u64 = 0x100_0000;
 /// First address of the hole.
 pub const PCI_HOLE_START: u64 = 0xc000_0000;
 /// Memory window of the first PCI device.
