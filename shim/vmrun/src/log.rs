@@ -108,16 +108,23 @@ impl Log {
         Ok(Arc::new(Mutex::new(Self { dir: dir.to_owned(), file, len: 0, limits, failed: false })))
     }
 
-    fn append(&mut self, bytes: &[u8]) {
-        if self.failed || bytes.is_empty() {
-            return;
+    /// Each entry ends with a newline; none is cut.
+    fn append(&mut self, mut entries: &[u8]) {
+        while !self.failed && !entries.is_empty() {
+            let first = entries.iter().position(|byte| *byte == b'\n').map_or(entries.len(), |at| at + 1);
+            let appended = self.make_room(first as u64).and_then(|()| {
+                let room = usize::try_from(self.limits.max_size.saturating_sub(self.len)).unwrap_or(usize::MAX);
+                let fitting = entries[..room.min(entries.len())].iter().rposition(|byte| *byte == b'\n');
+                let (now, later) = entries.split_at(fitting.map_or(first, |at| at + 1));
+                entries = later;
+                self.len += now.len() as u64;
+                self.file.write_all(now)
+            });
+            if let Err(error) = appended {
+                tracing::warn!(%error, dir = %self.dir.display(), "the log is not written any more");
+                self.failed = true;
+            }
         }
-        let appended = self.make_room(bytes.len() as u64).and_then(|()| self.file.write_all(bytes));
-        if let Err(error) = appended {
-            tracing::warn!(%error, dir = %self.dir.display(), "the log is not written any more");
-            self.failed = true;
-        }
-        self.len += bytes.len() as u64;
     }
 
     fn make_room(&mut self, wanted: u64) -> io::Result<()> {
@@ -256,6 +263,22 @@ mod tests {
         assert_eq!(entries(dir.path(), 0)[0].log, "third\n");
         assert_eq!(entries(dir.path(), 1)[0].log, "second\n");
         assert!(!file_path(dir.path(), 2).exists());
+    }
+
+    #[test]
+    fn what_is_written_at_once_is_rotated_too() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let log = Log::create(dir.path(), Limits { max_size: 1000, max_file: 3 }).expect("log");
+        let mut out = LogStream::new(log, Stream::Stdout);
+        let line = |number: u32| format!("line {number:03}\n");
+        out.write((0..200).map(line).collect::<String>().as_bytes());
+        let kept: Vec<String> =
+            (0..3).rev().flat_map(|index| entries(dir.path(), index)).map(|entry| entry.log).collect();
+        assert!(kept.len() > 20, "{}", kept.len());
+        assert_eq!(kept, (200 - u32::try_from(kept.len()).expect("few")..200).map(line).collect::<Vec<_>>());
+        for index in 0..3 {
+            assert!(fs::metadata(file_path(dir.path(), index)).expect("a file").len() <= 1000, "{index}");
+        }
     }
 
     proptest! {
