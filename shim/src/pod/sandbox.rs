@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use oci_spec::runtime::{Mount, MountBuilder, Spec};
 use sandbox::plan::GUEST_SHM;
@@ -16,8 +15,6 @@ use crate::vm::Vm;
 
 /// Its name server is that of pods that say nothing about theirs, as with the CRI plugin's own sandboxer.
 const HOST_RESOLV_CONF: &str = "/etc/resolv.conf";
-/// Time that a client has to read the last answer.
-const ANSWER_READ: Duration = Duration::from_millis(200);
 
 /// What the CRI asks of a pod.
 #[derive(Clone, Debug, Default)]
@@ -76,16 +73,11 @@ impl Pod {
         Ok(())
     }
 
-    /// The server is not needed any more, once its answer has been read: containerd's client takes a connection that ends right behind
-    /// an answer for one that ended without (github.com/containerd/ttrpc, `dispatch`). Go's server ends idle connections as late.
-    pub(crate) async fn shutdown_sandbox(self: &Arc<Self>) {
+    /// The server is not needed any more.
+    pub(crate) async fn shutdown_sandbox(&self) {
         self.stop_vm().await;
         self.settings().sandbox = None;
-        let pod = self.clone();
-        tokio::spawn(async move {
-            tokio::time::sleep(ANSWER_READ).await;
-            pod.shutdown.notify_one();
-        });
+        self.shutdown.notify_one();
     }
 
     /// Gives a container what its pod has: kernel parameters, shared memory, and the files of its name and resolver where the spec has no
