@@ -34,8 +34,8 @@ pub enum KernelError {
 }
 
 /// Always on the command line. `reboot=k` resets through the keyboard controller, `panic=-1` does it at once; the MP table
-/// is all the firmware there is, the configuration mechanism of PCI needs no probing and is read from its copy, and there is no chipset
-/// whose quirks have to be known early. A kernel that finds one CPU would take out each LOCK prefix, with a switch of page tables for
+/// is all the firmware there is, configuration space of PCI needs no probing and is read from its copy, and there is no chipset whose
+/// quirks have to be known early. A kernel that finds one CPU would take out each LOCK prefix, with a switch of page tables for
 /// each, and put them back when it finds more: `noreplace-smp`. Interfaces that nobody asked for (`tunl0`, `dummy0`,
 /// `ifb0`, ...) would be seen in each container.
 const COMMAND_LINE_BASE: &str = "reboot=k panic=-1 pci=conf1,copy=0xd0000,lastbus=0,noearly i8042.noaux i8042.nokbd i8042.nopnp i8042.dumbkbd \
@@ -98,6 +98,7 @@ mod tests {
     use vmm_api::{Fd, VmConfig};
 
     use super::{Backing, COMMAND_LINE_MAX, KernelError, command_line, load_kernel};
+    use crate::arch::layout::PCI_CONFIG_COPY;
 
     fn config(vcpus: u8, boot_vcpus: u8, cmdline: String) -> VmConfig {
         VmConfig {
@@ -129,6 +130,12 @@ mod tests {
     fn a_command_line_that_would_be_cut_is_refused() {
         let error = command_line(&config(1, 1, "x".repeat(COMMAND_LINE_MAX))).expect_err("refused");
         assert!(matches!(error, KernelError::CommandLine { .. }));
+    }
+
+    #[test]
+    fn the_kernel_is_told_where_the_copy_of_configuration_space_is() {
+        let line = String::from_utf8(command_line(&config(1, 1, String::new())).expect("short")).expect("text");
+        assert!(line.contains(&format!("pci=conf1,copy={PCI_CONFIG_COPY:#x},")), "{line}");
     }
 
     #[test]

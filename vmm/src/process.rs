@@ -52,8 +52,8 @@ pub enum RunError {
     Build(#[from] BuildError),
 }
 
-/// Confines the process by `confine`, as [`crate::jail::enter`] does, runs the VM whose configuration is the descriptor `config_fd`, and says how it ended; returns
-/// the process's exit status.
+/// Confines the process by `confine`, as [`crate::jail::enter`] does, runs the VM whose configuration is the descriptor `config_fd`,
+/// and says how it ended; returns the process's exit status.
 ///
 /// # Errors
 /// Where there is nobody to say it to, and what the host refuses.
