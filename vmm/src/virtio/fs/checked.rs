@@ -247,6 +247,8 @@ impl FileSystem for CheckedFs {
             let unchanged = self.fs.getattr(ctx, inode, None).is_ok_and(|(attr, _)| opened.note(inode, &attr));
             options.set(OpenOptions::KEEP_CACHE, unchanged);
         }
+        // What closing a file could tell is about what was written to it.
+        options.set(OpenOptions::NOFLUSH, flags.cast_signed() & libc::O_ACCMODE == libc::O_RDONLY);
         Ok((handle, options))
     }
 

@@ -222,6 +222,19 @@ fn a_read_only_share_opens_for_reading_only() {
 }
 
 #[test]
+fn only_a_file_that_was_written_to_is_flushed_when_it_is_closed() {
+    const FOPEN_NOFLUSH: u32 = 1 << 5;
+    let mut share = Share::new();
+    let (_, entry) = share.ask(FUSE_LOOKUP, b"file\0").expect("an answer");
+    let node = u64::from_le_bytes(entry[..8].try_into().expect("a node"));
+    for (flags, flushed) in [(libc::O_RDONLY, false), (libc::O_WRONLY, true), (libc::O_RDWR, true)] {
+        let (_, opened) = share.ask_of(node, FUSE_OPEN, &[flags.to_le_bytes(), [0; 4]].concat()).expect("an answer");
+        let options = u32::from_le_bytes(opened[8..12].try_into().expect("options"));
+        assert_eq!(options & FOPEN_NOFLUSH == 0, flushed, "{flags:o}");
+    }
+}
+
+#[test]
 fn a_request_without_room_for_an_answer_is_given_back() {
     let mut share = Share::new();
     share.write_request(48, FUSE_LOOKUP, ROOT, b"missing\0");
