@@ -27,6 +27,9 @@ use crate::stdio::NONBLOCK;
 
 /// Time for the last events and answers, before the process ends.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(2);
+/// Time for the answer to ShutdownSandbox to be read. containerd's client takes a connection that closes right behind an answer for one
+/// that closed without.
+const ANSWER_IS_READ: Duration = Duration::from_millis(200);
 /// Threads that answer. One could be held up by the kernel, and a kill must not wait for it.
 const WORKERS: usize = 2;
 
@@ -42,7 +45,8 @@ pub(crate) fn serve(arguments: Arguments) -> Result<()> {
     rustix::stdio::dup2_stdin(&null).context("cannot let go of standard input")?;
     Record::of(None).and_then(|record| record.write(&bundle)).context("cannot write down our process")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(WORKERS).enable_all().build()?;
-    let outcome = runtime.block_on(answer(&arguments, &bundle, config, listener));
+    let pod = Arc::new(Pod::new(arguments.id.clone(), arguments.namespace.clone(), bundle.clone(), config));
+    let outcome = runtime.block_on(answer(&arguments, &pod, listener));
     if let Err(error) = &outcome {
         tracing::error!(error = format!("{error:#}"), "the server ends");
     }
@@ -51,22 +55,24 @@ pub(crate) fn serve(arguments: Arguments) -> Result<()> {
         HostCgroup::at(cgroup).remove_when_empty();
     }
     Record::remove(&bundle);
+    // Last, because containerd ends a server that stays.
+    let outcome = outcome.map(|server| runtime.block_on(hang_up(server, &pod)));
     // A thread may be held up by a file system that does not answer.
     runtime.shutdown_background();
     outcome
 }
 
-async fn answer(arguments: &Arguments, bundle: &Path, config: Config, listener: OwnedFd) -> Result<()> {
+/// Answers until nobody needs the pod any more; who is connected stays so.
+async fn answer(arguments: &Arguments, pod: &Arc<Pod>, listener: OwnedFd) -> Result<Server> {
     let listener = std::os::unix::net::UnixListener::from(listener);
     listener.set_nonblocking(true)?;
     let listener = Listener::from(tokio::net::UnixListener::from_std(listener)?);
-    let pod = Arc::new(Pod::new(arguments.id.clone(), arguments.namespace.clone(), bundle.to_owned(), config));
     if let Ok(address) = std::env::var("TTRPC_ADDRESS") {
         tokio::spawn(pod.events.clone().forward_to(address));
     }
     let mut server = Server::new()
         .add_listener(listener)
-        .register_service(service::services(&pod))
+        .register_service(service::services(pod))
         .register_service(create_sandbox(Arc::new(SandboxService(pod.clone()))));
     server.start().await.context("cannot answer")?;
     tracing::info!(pod = pod.id, version = env!("CARGO_PKG_VERSION"), "ready");
@@ -82,8 +88,15 @@ async fn answer(arguments: &Arguments, bundle: &Path, config: Config, listener: 
     }
     pod.stop_vm().await;
     let _ = tokio::time::timeout(FLUSH_DEADLINE, pod.events.flushed()).await;
+    Ok(server)
+}
+
+/// Closes the connections when their answers are sent.
+async fn hang_up(mut server: Server, pod: &Pod) {
+    if pod.is_sandbox() {
+        tokio::time::sleep(ANSWER_IS_READ).await;
+    }
     let _ = tokio::time::timeout(FLUSH_DEADLINE, server.shutdown()).await;
-    Ok(())
 }
 
 /// Logs to the FIFO that containerd reads. We open it for both directions: it waits for nobody, and breaks with nobody. What

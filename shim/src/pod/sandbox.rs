@@ -54,6 +54,11 @@ impl Pod {
         found.ok_or_else(|| TaskError::NotFound { what: "sandbox", id: id.to_owned() })
     }
 
+    /// Whether it was made through the Sandbox API.
+    pub(crate) fn is_sandbox(&self) -> bool {
+        self.settings().sandbox.is_some()
+    }
+
     /// Boots its VM.
     pub(crate) async fn start_sandbox(self: &Arc<Self>, id: &str) -> Result<Arc<Vm>, TaskError> {
         let config = self.sandbox(id)?;
@@ -76,7 +81,6 @@ impl Pod {
     /// The server is not needed any more.
     pub(crate) async fn shutdown_sandbox(&self) {
         self.stop_vm().await;
-        self.settings().sandbox = None;
         self.shutdown.notify_one();
     }
 
