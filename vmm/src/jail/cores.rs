@@ -32,7 +32,7 @@ pub(super) fn keep_to_ourselves() -> Result<(), JailError> {
             let cookie = cookie.map_err(refused("read the cookie of core scheduling"))?;
             check("keeping others off our cores", cookie != 0)?;
         }
-        Company::None => tracing::info!("a core runs one thread at a time, so none is shared"),
+        Company::None => tracing::debug!("a core runs one thread at a time, so none is shared"),
         Company::Anybody => {
             tracing::warn!("this kernel has no core scheduling: threads of others may share a core with the VM's");
         }

@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 use std::fs::File;
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Write as _};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::ptr;
 
@@ -96,12 +96,13 @@ impl Host {
         ])
     }
 
-    /// A file of `/proc/self`.
+    /// A file of `/proc/self` that is shorter than a page, so that one read has all of it.
     pub(super) fn read(&self, name: &str) -> io::Result<String> {
         let file = openat(&self.process, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-        let mut text = String::new();
-        File::from(file).read_to_string(&mut text)?;
-        Ok(text)
+        let mut bytes = [0; 4096];
+        let len = rustix::io::read(&file, &mut bytes)?;
+        let whole = bytes.get(..len).filter(|text| text.len() < bytes.len()).ok_or(io::ErrorKind::FileTooLarge)?;
+        String::from_utf8(whole.to_vec()).map_err(io::Error::other)
     }
 
     fn read_link(&self, link: &str) -> Result<std::ffi::CString, JailError> {

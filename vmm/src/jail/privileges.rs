@@ -1,7 +1,5 @@
 //! What is left of root: the rights over files that serving shares needs, in our user namespace only; limits.
 
-use std::collections::HashMap;
-
 use rustix::io::Errno;
 use rustix::process::{
     DumpableBehavior, Resource, Rlimit, dumpable_behavior, getrlimit, set_dumpable_behavior, setrlimit,
@@ -48,8 +46,8 @@ pub(super) fn drop_all_but_files(host: &Host) -> Result<(), JailError> {
 
 /// `status` is `/proc/self/status`, which says in one call what `prctl(2)` says of one capability at a time.
 fn read_back(status: &str) -> Result<(), JailError> {
-    let of_name: HashMap<&str, &str> = status.lines().filter_map(|line| line.split_once(":\t")).collect();
-    let number = |name, radix| of_name.get(name).and_then(|value| u64::from_str_radix(value, radix).ok());
+    let value = |name| status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(":\t"));
+    let number = |name, radix| value(name).and_then(|value| u64::from_str_radix(value, radix).ok());
     let none = CapabilitySet::empty();
     for (name, wanted) in [("CapInh", none), ("CapPrm", KEPT), ("CapEff", KEPT), ("CapBnd", KEPT), ("CapAmb", none)] {
         check("dropping capabilities", number(name, 16) == Some(wanted.bits()))?;

@@ -9,7 +9,8 @@ use libc::{
 };
 use seccompiler::{BpfProgram, sock_filter};
 
-use super::{Allowed, When};
+use super::kind::OWN_PROCESS;
+use super::lists::{Allowed, When};
 
 /// `seccomp_data`: where the kernel shows the number, the architecture and the arguments, of which the lower half comes first.
 const NUMBER: u32 = 0;
@@ -115,7 +116,7 @@ impl Reversed {
         for Allowed { when, .. } in conditions {
             let (argument, values) = match *when {
                 When::OneOf(argument, values) => (argument, values),
-                When::OwnProcess(argument) => (argument, &[std::process::id()][..]),
+                When::OwnProcess(argument) => (argument, &[OWN_PROCESS][..]),
                 When::Without(argument, bits) => {
                     self.jump(BPF_JSET, bits, otherwise, allowed)?;
                     otherwise = self.push(load(ARGUMENTS + ARGUMENT_SIZE * argument));
@@ -155,7 +156,8 @@ const fn instruction(code: u32, k: u32, jt: u8, jf: u8) -> sock_filter {
 mod tests {
     use libc::c_long;
 
-    use super::super::{ThreadKind, calls};
+    use super::super::kind::ThreadKind;
+    use super::super::lists::calls;
     use super::*;
 
     /// What the kernel does with a call: `Documentation/networking/filter.rst`, as far as programs here go.
@@ -208,7 +210,7 @@ mod tests {
 
     #[test]
     fn each_condition_is_enough_and_none_is_too_little() {
-        let own = std::process::id();
+        let own = OWN_PROCESS;
         let conditions = [When::OneOf(1, &[3, 5]), When::Without(0, 6), When::OneOf(1, &[7]), When::OwnProcess(2)];
         let program = program(&conditions.map(|when| Allowed { call: 16, when })).expect("a program");
         let allowed = |arguments| run(&program, 16, arguments) == SECCOMP_RET_ALLOW;
@@ -218,7 +220,7 @@ mod tests {
         assert!(allowed([0xffff_fff9, 4, 0, 0, 0, 0]));
         assert!(allowed([4, 4, own.into(), 0, 0, 0]));
         assert!(!allowed([2, 4, 0, 3, 5, 7]));
-        assert!(!allowed([4, 6, u64::from(own) + 1, 3, 5, 7]));
+        assert!(!allowed([4, 6, u64::from(own) - 1, 3, 5, 7]));
     }
 
     #[test]

@@ -7,7 +7,8 @@ use std::sync::{Arc, Barrier};
 
 use syscalls::Sysno;
 
-use super::{Allowed, Filters, ThreadKind, When, calls};
+use super::lists::{Allowed, When, calls};
+use super::{Filters, OWN_PROCESS, PROGRAMS, ThreadKind, program, program_of};
 use crate::device_thread::DeviceThread;
 use crate::jail::Jail;
 
@@ -26,7 +27,7 @@ fn each_kind_of_thread_has_few_calls() {
 
 /// The lists as text, for `vmm/system-calls.txt`.
 fn printed() -> String {
-    let mut text = "# Which system calls each kind of thread may make; src/jail/seccomp.rs says why. Any other ends the process.\n".to_owned();
+    let mut text = "# Which system calls each kind of thread may make; src/jail/seccomp/lists.rs says why. Any other ends the process.\n".to_owned();
     for kind in ThreadKind::ALL {
         let mut lines = BTreeMap::<&str, BTreeSet<String>>::new();
         for Allowed { call, when } in kind.lists().iter().copied().flatten() {
@@ -65,6 +66,15 @@ fn the_lists_are_those_of_the_snapshot() {
         std::fs::write(path, printed()).expect("written");
     }
     assert_eq!(printed(), std::fs::read_to_string(path).expect("a snapshot"));
+}
+
+#[test]
+fn each_kind_has_the_program_of_its_list() {
+    for kind in ThreadKind::ALL {
+        let compiled = program::program(&calls(kind)).expect("a program");
+        assert_eq!(format!("{:?}", PROGRAMS[kind as usize]), format!("{compiled:?}"), "{kind:?}");
+        assert!(program_of(kind).iter().all(|instruction| instruction.k != OWN_PROCESS), "{kind:?}");
+    }
 }
 
 /// Names what the process that [`end_of`] starts does.
