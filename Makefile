@@ -54,6 +54,7 @@ bench: build unfiltered-vmm
 	tests/bench/start
 	tests/bench/network
 	tests/bench/files
+	tests/bench/vsock
 
 # Each target for so many seconds of one processor, see tests/fuzz/README.md.
 fuzz: SECONDS ?= 60

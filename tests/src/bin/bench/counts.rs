@@ -5,7 +5,9 @@
 //!   run.   ├──────────────────────────────────────────────────────────────────────────────────────────────┤
 //!   command. ├──────────────────────────────────────────────────────────────────┤
 //!   agent.                   ├───────────────────┤
+//!   stop.                                                                            ├──────────────────────┤
 //! ```
+//! The command ends at once, so what follows its first instruction is the stop. A guest that runs none stops with its last exit.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -28,8 +30,12 @@ pub(crate) fn count(events: &[Event]) -> Counts {
     let programs = Programs::of(events);
     let mut counts = Counts::new();
     add(&mut counts, "run", events, &programs);
-    if let Some(command) = events.iter().position(is_command) {
+    let command = events.iter().position(is_command);
+    if let Some(command) = command {
         add(&mut counts, "command", &events[..command], &programs);
+    }
+    if let Some(last) = command.or_else(|| events.iter().rposition(|event| event.name == "kvm_exit")) {
+        add(&mut counts, "stop", &events[last..], &programs);
     }
     if let Some(first_exit) = events.iter().position(|event| event.name == "kvm_exit") {
         // The agent is ready when the VMM passes its connection on; a peer that cannot do that ends then.
@@ -126,6 +132,19 @@ mod tests {
         let of = |name: &str| counts.get(name).copied().unwrap_or(0);
         assert_eq!((of("run.system calls"), of("command.system calls"), of("agent.system calls")), (3, 2, 0));
         assert_eq!((of("run.exits"), of("command.exits"), of("agent.exits")), (2, 2, 1));
+        assert_eq!((of("stop.system calls"), of("stop.exits")), (1, 0));
         assert_eq!((of("run.exits.npf"), of("agent.userspace exits.io"), of("run.system calls.vmm")), (1, 1, 3));
+    }
+
+    #[test]
+    fn a_guest_without_a_command_stops_with_its_last_exit() {
+        let counts = count(&[
+            event("qemu", 1, 1, "sched_process_exec", "filename=/x/qemu pid=1 old_pid=1"),
+            event("qemu", 2, 1, "kvm_exit", "vcpu 0 reason npf rip 0x1"),
+            event("qemu", 2, 1, "sys_enter", "NR 16 ()"),
+            event("qemu", 2, 1, "kvm_exit", "vcpu 0 reason shutdown rip 0x1"),
+            event("qemu", 1, 1, "sys_enter", "NR 231 ()"),
+        ]);
+        assert_eq!(counts.get("stop.system calls"), Some(&1));
     }
 }

@@ -23,7 +23,7 @@ const GOALS: [(&str, &str, &str, u64); 6] = [
 type Figure = (&'static str, &'static str);
 
 /// Goals that are ratios in one run: what, ours, theirs, and the most in hundredths.
-const RATIOS: [(&str, Figure, Figure, u64); 6] = [
+const RATIOS: [(&str, Figure, Figure, u64); 8] = [
     ("exits until the agent is ready, to QEMU microvm", ("vmrun run", "agent.exits"), ("qemu", "agent.exits"), 50),
     ("userspace exits, the same", ("vmrun run", "agent.userspace exits"), ("qemu", "agent.userspace exits"), 50),
     (
@@ -38,6 +38,8 @@ const RATIOS: [(&str, Figure, Figure, u64); 6] = [
         ("runc", "command.system calls"),
         50,
     ),
+    ("system calls of a stop, to QEMU microvm", ("vmrun run", "stop.system calls"), ("qemu", "stop.system calls"), 50),
+    ("page faults of a stop, the same", ("vmrun run", "stop.host page faults"), ("qemu", "stop.host page faults"), 50),
     (
         "time to the first output, containerd to `vmrun run`",
         ("containerd output", "first output us"),
