@@ -6,7 +6,9 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use virtio_queue::DescriptorChain;
-use vm_memory::{Bytes as _, GuestAddress, GuestMemoryError};
+use vm_memory::{
+    Bytes as _, GuestAddress, GuestMemory as _, GuestMemoryError, VolatileMemoryError, WriteVolatile as _,
+};
 
 use super::packet::{HEADER_LEN, Header};
 use crate::virtio::GuestMemory;
@@ -22,6 +24,8 @@ pub(super) struct Buffers(VecDeque<(GuestAddress, u32)>);
 pub(super) enum Payload {
     /// This many bytes, at least one.
     Bytes(u32),
+    /// The same, and the socket had no more.
+    Last(u32),
     /// Nothing now.
     Nothing,
     /// Nothing more, ever.
@@ -62,6 +66,30 @@ impl Buffers {
         Some(())
     }
 
+    /// Writes up to `len` bytes from the front to the socket; returns how many it took.
+    pub(super) fn take_payload(&mut self, memory: &GuestMemory, socket: &mut UnixStream, len: u32) -> io::Result<u32> {
+        let mut taken = 0;
+        while taken < len {
+            let Some((address, there)) = self.0.pop_front() else { break };
+            let most = there.min(len - taken);
+            let bytes = memory.get_slice(address, most as usize).map_err(io::Error::other)?;
+            let count = match socket.write_volatile(&bytes) {
+                Ok(count) => u32::try_from(count).unwrap_or(most),
+                Err(VolatileMemoryError::IOError(error)) if is_for_later(&error) => 0,
+                Err(error) => return Err(io::Error::other(error)),
+            };
+            taken += count;
+            if count < there {
+                let rest = address.0.checked_add(count.into()).ok_or(io::ErrorKind::InvalidData)?;
+                self.0.push_front((GuestAddress(rest), there - count));
+            }
+            if count < most {
+                break;
+            }
+        }
+        Ok(taken)
+    }
+
     /// Writes a header to the front; returns the length written, 0 when the guest gave no place for it.
     pub(super) fn put_header(&self, memory: &GuestMemory, header: &Header) -> u32 {
         let place = self.0.front().filter(|(_, len)| *len >= HEADER_LEN);
@@ -73,6 +101,7 @@ impl Buffers {
     pub(super) fn put_payload(&self, memory: &GuestMemory, socket: &mut UnixStream, room: u32) -> io::Result<Payload> {
         let mut left = room;
         let mut total = 0;
+        let mut drained = false;
         for (index, (address, len)) in self.0.iter().enumerate() {
             let skip = if index == 0 { HEADER_LEN } else { 0 };
             let want = len.saturating_sub(skip).min(left);
@@ -83,16 +112,25 @@ impl Buffers {
                     let count = u32::try_from(count).unwrap_or(want);
                     total += count;
                     left -= count;
-                    if count < want {
-                        break;
-                    }
+                    drained = count < want;
                 }
-                Err(GuestMemoryError::IOError(error)) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(GuestMemoryError::IOError(error)) if error.kind() == io::ErrorKind::WouldBlock => drained = true,
                 // What was read before is lost with the connection.
                 Err(GuestMemoryError::IOError(error)) => return Err(error),
                 Err(error) => return Err(io::Error::other(error)),
             }
+            if drained {
+                break;
+            }
         }
-        Ok(if total > 0 { Payload::Bytes(total) } else { Payload::Nothing })
+        Ok(match total {
+            0 => Payload::Nothing,
+            total if drained => Payload::Last(total),
+            total => Payload::Bytes(total),
+        })
     }
+}
+
+fn is_for_later(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
 }

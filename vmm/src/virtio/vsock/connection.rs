@@ -43,6 +43,12 @@ pub(super) struct Connection {
     host_told_of_end: bool,
     /// The muxer will read from the socket when its turn comes.
     pub(super) in_turn: bool,
+    /// The socket may have bytes for which the guest had no room; nothing tells of them again.
+    pub(super) starved: bool,
+    /// The host's end was closed: what a read leaves may be the end, which is not told again.
+    pub(super) hung_up: bool,
+    /// The socket is watched for room.
+    pub(super) waits_for_room: bool,
     /// A credit update waits to be sent.
     pub(super) update_queued: bool,
 }
@@ -65,6 +71,9 @@ impl Connection {
             guest_ended: false,
             host_told_of_end: false,
             in_turn: false,
+            starved: false,
+            hung_up: false,
+            waits_for_room: false,
             update_queued: false,
         };
         connection.learn_credit(request);
@@ -99,24 +108,12 @@ impl Connection {
         (self.forwarded - self.forwarded_told).0 >= CREDIT_UPDATE_AFTER
     }
 
-    /// Takes bytes of the guest: what the socket does not take at once is kept.
-    pub(super) fn push(&mut self, bytes: &[u8]) -> Result<(), Broken> {
-        let mut rest = bytes;
-        while self.to_host.is_empty() && !rest.is_empty() {
-            match self.socket.write(rest) {
-                Ok(written) => {
-                    rest = &rest[written..];
-                    self.count_forwarded(written);
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(_) => return Err(Broken),
-            }
-        }
-        if self.to_host.len() + rest.len() > BUF_ALLOC as usize {
+    /// Keeps bytes of the guest until the socket takes them.
+    pub(super) fn keep(&mut self, bytes: &[u8]) -> Result<(), Broken> {
+        if self.to_host.len() + bytes.len() > BUF_ALLOC as usize {
             return Err(Broken);
         }
-        self.to_host.extend(rest);
+        self.to_host.extend(bytes);
         Ok(())
     }
 
@@ -197,7 +194,8 @@ impl Connection {
         });
     }
 
-    fn count_forwarded(&mut self, len: usize) {
+    /// Bytes have been passed on to the host.
+    pub(super) fn count_forwarded(&mut self, len: usize) {
         // At most BUF_ALLOC or one payload.
         self.forwarded += u32::try_from(len).unwrap_or(0);
     }
@@ -248,7 +246,7 @@ mod tests {
     fn a_reader_that_never_reads_costs_a_bounded_buffer() {
         let (mut connection, _host) = connection();
         let chunk = vec![0; 64 << 10];
-        let accepted = (0..1000).take_while(|_| connection.push(&chunk).is_ok()).count();
+        let accepted = (0..1000).take_while(|_| connection.keep(&chunk).is_ok()).count();
         assert!(accepted < 100, "{accepted} chunks were taken");
         assert!(connection.to_host.len() <= BUF_ALLOC as usize);
     }
@@ -257,7 +255,7 @@ mod tests {
     fn the_end_comes_behind_the_last_byte() {
         let (mut connection, mut host) = connection();
         let sent = vec![7; 200 << 10];
-        connection.push(&sent).expect("accepted");
+        connection.keep(&sent).expect("accepted");
         connection.end_guest(VIRTIO_VSOCK_SHUTDOWN_F_SEND);
         let reader = std::thread::spawn(move || {
             let mut received = Vec::new();

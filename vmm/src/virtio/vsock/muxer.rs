@@ -1,7 +1,8 @@
 //! Between the two queues and the connections: takes the guest's packets apart, fills its receive buffers in turn.
 //!
-//! Lives on the event loop: one wake of a queue or a socket is one call of [`EventSource::on_event`]. A socket is watched
-//! only for what can be done with it, so a full guest or a slow host costs no wakes.
+//! Lives on the event loop: one wake of a queue or a socket is one call of [`EventSource::on_event`]. A socket is watched by edges, and for
+//! room only while bytes wait for it, so a stream that flows takes no `epoll_ctl(2)`. What may not be empty is remembered (`in_turn`,
+//! `starved`), because nothing tells of it again.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -27,6 +28,8 @@ const HOST_CID: u64 = 2;
 const MAX_CONNECTIONS: usize = 1023;
 /// Most packets without payload that wait for receive buffers; more are dropped, the guest's requests then time out.
 const MAX_PENDING: usize = 4096;
+/// Of a socket: bytes, or the end.
+const BYTES: EventSet = EventSet::IN.union(EventSet::READ_HANG_UP).union(EventSet::EDGE_TRIGGERED);
 const TOKEN_RX: u64 = 0;
 const TOKEN_TX: u64 = 1;
 
@@ -139,6 +142,9 @@ impl Muxer {
         }
         if let Some(connection) = self.connections.get_mut(&ports) {
             connection.learn_credit(&header);
+            if connection.starved {
+                self.make_readable(ports);
+            }
         }
         match header.op {
             VIRTIO_VSOCK_OP_REQUEST => self.connect(ports, &header),
@@ -146,10 +152,7 @@ impl Muxer {
             VIRTIO_VSOCK_OP_SHUTDOWN => self.end_guest(ports, header.flags),
             VIRTIO_VSOCK_OP_RST => self.drop_connection(ports),
             VIRTIO_VSOCK_OP_CREDIT_REQUEST if self.connections.contains_key(&ports) => self.send_credit_update(ports),
-            VIRTIO_VSOCK_OP_CREDIT_UPDATE if self.connections.contains_key(&ports) => {
-                self.make_readable(ports);
-                self.watch(ports);
-            }
+            VIRTIO_VSOCK_OP_CREDIT_UPDATE if self.connections.contains_key(&ports) => {}
             _ => self.send_reset(ports),
         }
     }
@@ -165,9 +168,15 @@ impl Muxer {
             self.send_reset(ports);
             return;
         };
+        let fd = socket.as_raw_fd();
         self.connections.insert(ports, Connection::new(socket, header));
+        let Some(this) = self.this.upgrade() else { return };
+        let source: SharedSource = this;
+        if self.registry.add(fd, BYTES, ports.token(), source).is_err() {
+            self.reset_connection(ports);
+            return;
+        }
         self.send_control(ports, VIRTIO_VSOCK_OP_RESPONSE, 0);
-        self.watch(ports);
     }
 
     /// Gives one end of a new socket pair to the owner of the host port.
@@ -181,18 +190,23 @@ impl Muxer {
     }
 
     fn receive(&mut self, ports: Ports, len: u32, buffers: &mut Buffers) {
-        let mut payload = std::mem::take(&mut self.payload);
-        let bytes = &mut payload[..len as usize];
-        let complete = buffers.gather(&self.memory, bytes).is_some();
-        let accepted = match self.connections.get_mut(&ports) {
-            Some(connection) if complete => connection.push(bytes),
-            _ => Err(Broken),
-        };
-        self.payload = payload;
-        match accepted {
+        match self.pass_on(ports, len, buffers) {
             Ok(()) => self.after_output(ports),
             Err(Broken) => self.reset_connection(ports),
         }
+    }
+
+    /// Straight from the guest's buffers to the socket; what it does not take is kept.
+    fn pass_on(&mut self, ports: Ports, len: u32, buffers: &mut Buffers) -> Result<(), Broken> {
+        let connection = self.connections.get_mut(&ports).ok_or(Broken)?;
+        let mut taken = 0;
+        if !connection.has_output() {
+            taken = buffers.take_payload(&self.memory, &mut connection.socket, len).map_err(|_| Broken)?;
+            connection.count_forwarded(taken as usize);
+        }
+        let rest = &mut self.payload[..(len - taken) as usize];
+        buffers.gather(&self.memory, rest).ok_or(Broken)?;
+        connection.keep(rest)
     }
 
     /// Bytes have moved to the host.
@@ -205,7 +219,7 @@ impl Muxer {
         if connection.credit_update_due() {
             self.send_credit_update(ports);
         }
-        self.watch(ports);
+        self.watch_room(ports);
     }
 
     /// Queues an update unless one waits already: its numbers are filled in when it is sent.
@@ -277,25 +291,16 @@ impl Muxer {
         }
     }
 
-    /// Watches the socket for what can be done with it now.
-    fn watch(&mut self, ports: Ports) {
-        let Some(connection) = self.connections.get(&ports) else { return };
-        let fd = connection.socket.as_raw_fd();
-        let mut interest = EventSet::empty();
-        if connection.has_output() {
-            interest |= EventSet::OUT;
+    /// Watches the socket for room while bytes wait for it.
+    fn watch_room(&mut self, ports: Ports) {
+        let Some(connection) = self.connections.get_mut(&ports) else { return };
+        let wanted = connection.has_output();
+        if std::mem::replace(&mut connection.waits_for_room, wanted) == wanted {
+            return;
         }
-        if !connection.host_ended && connection.peer_room() > 0 && !connection.in_turn {
-            interest |= EventSet::IN;
-        }
-        if interest.is_empty() {
-            self.registry.remove(fd);
-        } else if self.registry.modify(fd, interest).is_err() {
-            let Some(this) = self.this.upgrade() else { return };
-            let source: SharedSource = this;
-            if self.registry.add(fd, interest, ports.token(), source).is_err() {
-                self.reset_connection(ports);
-            }
+        let interest = if wanted { BYTES | EventSet::OUT } else { BYTES };
+        if self.registry.modify(connection.socket.as_raw_fd(), interest).is_err() {
+            self.reset_connection(ports);
         }
     }
 
@@ -351,10 +356,9 @@ impl Muxer {
                     let connection = self.connections.get_mut(&ports)?;
                     connection.count_sent(payload_len);
                     connection.tell_credit(&mut header);
-                    self.make_readable(ports);
                     return Some(buffers.put_header(&self.memory, &header) + payload_len);
                 }
-                Ok(None) => self.watch(ports),
+                Ok(None) => {}
                 Err(Broken) => self.reset_connection(ports),
             }
             if !self.pending.is_empty() {
@@ -365,30 +369,39 @@ impl Muxer {
         None
     }
 
-    /// Reads behind the place of the header; nothing when there is no room or nothing to read.
+    /// Reads behind the place of the header; nothing when there is no room or nothing to read. What may have more has another turn.
     fn read_socket(&mut self, ports: Ports, buffers: &Buffers) -> Result<Option<u32>, Broken> {
         let Some(connection) = self.connections.get_mut(&ports) else { return Ok(None) };
         connection.in_turn = false;
         let room = connection.peer_room().min(MAX_PAYLOAD_LEN);
+        connection.starved = room == 0;
         if connection.host_ended || room == 0 {
             return Ok(None);
         }
-        match buffers.put_payload(&self.memory, &mut connection.socket, room) {
-            Ok(Payload::Bytes(count)) => Ok(Some(count)),
-            Ok(Payload::Nothing) => Ok(None),
-            Ok(Payload::End) => {
-                connection.host_ended = true;
+        let payload = buffers.put_payload(&self.memory, &mut connection.socket, room).map_err(|_| Broken)?;
+        let may_have_more = match payload {
+            Payload::Bytes(_) => true,
+            Payload::Last(_) => connection.hung_up,
+            Payload::Nothing | Payload::End => false,
+        };
+        if may_have_more {
+            self.make_readable(ports);
+        }
+        match payload {
+            Payload::Bytes(count) | Payload::Last(count) => Ok(Some(count)),
+            Payload::Nothing => Ok(None),
+            Payload::End => {
                 self.end_host(ports);
                 Ok(None)
             }
-            Err(_) => Err(Broken),
         }
     }
 
     /// The host has ended its half.
     fn end_host(&mut self, ports: Ports) {
-        let finished = self.connections.get(&ports).is_some_and(Connection::guest_side_finished);
-        if finished {
+        let Some(connection) = self.connections.get_mut(&ports) else { return };
+        connection.host_ended = true;
+        if connection.guest_side_finished() {
             self.reset_connection(ports);
         } else {
             self.send_control(ports, VIRTIO_VSOCK_OP_SHUTDOWN, VIRTIO_VSOCK_SHUTDOWN_F_SEND);
@@ -397,17 +410,13 @@ impl Muxer {
 
     fn socket_ready(&mut self, ports: Ports, ready: EventSet) {
         let Some(connection) = self.connections.get_mut(&ports) else { return };
-        if connection.has_output() && ready.intersects(EventSet::OUT | EventSet::HANG_UP | EventSet::ERROR) {
-            match connection.flush() {
-                Ok(()) => self.after_output(ports),
-                Err(Broken) => self.reset_connection(ports),
-            }
+        connection.hung_up |= ready.intersects(EventSet::READ_HANG_UP | EventSet::HANG_UP | EventSet::ERROR);
+        let flushed = if connection.has_output() { connection.flush() } else { Ok(()) };
+        self.make_readable(ports);
+        match flushed {
+            Ok(()) => self.after_output(ports),
+            Err(Broken) => self.reset_connection(ports),
         }
-        if ready.intersects(EventSet::IN | EventSet::HANG_UP | EventSet::ERROR) && self.connections.contains_key(&ports)
-        {
-            self.make_readable(ports);
-        }
-        self.watch(ports);
     }
 }
 

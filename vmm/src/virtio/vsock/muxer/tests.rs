@@ -1,6 +1,7 @@
 //! A guest's driver and a host's port owner at the two sides of the muxer.
 
 use std::io::{Read as _, Write as _};
+use std::net::Shutdown;
 
 use proptest::prelude::*;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -26,6 +27,7 @@ struct Guest {
     rx: DriverQueue,
     tx: DriverQueue,
     muxer: Arc<Mutex<Muxer>>,
+    registry: Registry,
     owner: OwnedFd,
 }
 
@@ -41,8 +43,8 @@ impl Guest {
         let device_thread = DeviceThread::start(Jail::default()).expect("a thread");
         let activation = Activation { memory: memory.clone(), features: 0, queues, config_changed, device_thread };
         let registry = Registry::create().expect("epoll");
-        let muxer = Muxer::start(activation, GUEST_CID, Arc::new(vec![(PORT, ours)]), registry).expect("a muxer");
-        Self { memory, rx, tx, muxer, owner }
+        let muxer = Muxer::start(activation, GUEST_CID, Arc::new(vec![(PORT, ours)]), registry.clone());
+        Self { memory, rx, tx, muxer: muxer.expect("a muxer"), registry, owner }
     }
 
     fn offer_buffers(&mut self, count: u64, len: u32) {
@@ -105,6 +107,16 @@ impl Guest {
         let (_, mut fds) = vmm_api::fds::recv(self.owner.as_fd(), &mut port).expect("a connection");
         assert_eq!(u32::from_le_bytes(port), PORTS.guest);
         UnixStream::from(fds.pop().expect("its descriptor"))
+    }
+
+    /// Serves what the event loop tells of next.
+    fn next_events(&mut self) {
+        let mut turns = 0;
+        let served = self.registry.run(|| {
+            turns += 1;
+            turns > 1
+        });
+        served.expect("events");
     }
 
     fn socket_ready(&mut self, ready: EventSet) {
@@ -212,6 +224,45 @@ fn the_end_of_the_host_is_told_behind_its_last_byte_and_closing_both_ways_ends_w
     let both = Header { flags: F_SEND | VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE, ..Header::default() };
     guest.send(VIRTIO_VSOCK_OP_SHUTDOWN, both, &[]);
     assert_eq!(guest.operations(), [VIRTIO_VSOCK_OP_RST]);
+}
+
+#[test]
+fn the_end_is_seen_whether_it_comes_with_the_last_byte_or_behind_it() {
+    let (mut guest, mut host) = connected();
+    host.write_all(b"last").expect("write");
+    drop(host);
+    guest.next_events();
+    assert_eq!(guest.operations(), [VIRTIO_VSOCK_OP_RW, VIRTIO_VSOCK_OP_SHUTDOWN]);
+
+    let (mut guest, mut host) = connected();
+    host.write_all(b"last").expect("write");
+    guest.next_events();
+    assert_eq!(guest.operations(), [VIRTIO_VSOCK_OP_RW]);
+    host.shutdown(Shutdown::Write).expect("shut down");
+    guest.next_events();
+    assert_eq!(guest.operations(), [VIRTIO_VSOCK_OP_SHUTDOWN]);
+}
+
+#[test]
+fn a_reader_that_waits_gets_what_was_kept_for_it() {
+    let (mut guest, mut host) = connected();
+    let chunk = [7; 4096];
+    let mut sent = 0;
+    // Until the socket is full and something is kept.
+    while !lock(&guest.muxer).connections[&PORTS].has_output() {
+        guest.send(VIRTIO_VSOCK_OP_RW, Header::default(), &chunk);
+        sent += chunk.len();
+    }
+    host.set_nonblocking(true).expect("a socket");
+    let mut received = 0;
+    while received < sent {
+        match host.read(&mut [0; 1 << 16]) {
+            Ok(count) => received += count,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => guest.next_events(),
+            Err(error) => panic!("{error}"),
+        }
+    }
+    assert!(!lock(&guest.muxer).connections[&PORTS].waits_for_room);
 }
 
 #[test]
