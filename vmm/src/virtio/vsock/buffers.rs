@@ -66,7 +66,8 @@ impl Buffers {
         Some(())
     }
 
-    /// Writes up to `len` bytes from the front to the socket; returns how many it took.
+    /// Writes up to `len` bytes from the front to the socket; returns how many it took. One whose other end is closed is an error: Rust
+    /// ignores SIGPIPE.
     pub(super) fn take_payload(&mut self, memory: &GuestMemory, socket: &mut UnixStream, len: u32) -> io::Result<u32> {
         let mut taken = 0;
         while taken < len {
