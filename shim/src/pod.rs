@@ -151,8 +151,7 @@ impl Pod {
 
     /// Ends the server, unless it is still needed.
     pub(crate) fn shut_down_if_unused(&self) {
-        let has_sandbox = self.settings().sandbox.is_some();
-        if self.containers().is_empty() && !has_sandbox {
+        if self.containers().is_empty() && !self.is_sandbox() {
             self.shutdown.notify_one();
         }
     }

@@ -2,14 +2,12 @@
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import re
 import select
 import shutil
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
@@ -92,23 +90,6 @@ class Trace:
                 case "sys_sendmsg", _ if executed and agent is None and event["thread"] == "vmm":
                     agent = executed
         return {"guest": executed, "guest until the agent is ready": agent}
-
-
-@contextlib.contextmanager
-def a_filter():
-    """A process with a filter of system calls, as systemd's services have: on a host without any program of BPF, the first one takes 2 MiB for
-    those to come, and a start would pay for that."""
-    allow = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0x7FFF0000))  # BPF_RET | BPF_K, SECCOMP_RET_ALLOW
-    program = ctypes.create_string_buffer(struct.pack("@HP", 1, ctypes.addressof(allow)))
-    prctl = ctypes.CDLL(None).prctl
-    PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
-    process = subprocess.Popen(["sleep", "infinity"], preexec_fn=lambda: prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program))
-    try:
-        assert "\nSeccomp:\t2\n" in Path(f"/proc/{process.pid}/status").read_text()
-        yield
-    finally:
-        process.kill()
-        process.wait()
 
 
 class Silent(Exception):
@@ -212,7 +193,7 @@ def main():
     parser.add_argument("--json", required=True, type=Path)
     parser.add_argument("--rounds", type=int, required=True)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, a_filter():
+    with tempfile.TemporaryDirectory() as folder:
         subjects = Subjects(Path(folder), arguments.unfiltered, arguments.initramfs).all()
         samples = {}
         for number in range(arguments.rounds + 1):
