@@ -22,11 +22,15 @@ QEMU = """-M microvm,pit=off,pic=off,rtc=off,isa-serial=off,auto-kernel-cmdline=
 QEMU_COMMAND_LINE = """quiet loglevel=1 reboot=t panic=-1 tsc=reliable no_timer_check noreplace-smp random.trust_cpu=on cryptomgr.notests"""
 QEMU_FIRMWARE = "bios-microvm.bin", "pvh.bin"
 CGROUPS = Path("/sys/fs/cgroup")
+# Enters the cgroup, and the trace if there is one, then becomes the command. Python itself would count as well until then.
+LAUNCH = ["/bin/busybox", "sh", "-c", 'echo 0 >"$0" && { [ -z "$1" ] || echo $$ >"$1"; } && shift && exec "$@"']
 # What has been scheduled away by then is accounted.
 SETTLE_S = 0.2
 # By the host's clock: a billion instructions.
 SILENT_S = 1
-EVENT = re.compile(r"\s*(?P<thread>.+)-\d+\s+\[\d+\] \S+\s+(?P<time>\d+): (?P<name>\w+)[:(]")
+EVENT = re.compile(r"\s*(?P<thread>.+)-(?P<tid>\d+)\s+\[\d+\] \S+\s+(?P<time>\d+): (?P<name>\w+)[:(](?P<fields>.*)")
+# The leaf of CPUID that the first instruction of `marker.rs` asks for.
+MARKER_LEAF = "func 4f4b0001 "
 
 
 class Cgroup:
@@ -50,9 +54,6 @@ class Cgroup:
         for folder, _, _ in os.walk(self.path, topdown=False):
             os.rmdir(folder)
 
-    def enter(self):
-        (self.path / "command/cgroup.procs").write_text("0")
-
     def used(self):
         """CPU time of all in it, in nanoseconds, each of which is an instruction."""
         stat = (self.path / "cpu.stat").read_text()
@@ -60,14 +61,12 @@ class Cgroup:
 
 
 class Trace:
-    """Entries to guests and exits, and what the VMM sends, in an own instance of tracefs."""
-
-    EVENTS = ("kvm/kvm_entry", "kvm/kvm_exit", "syscalls/sys_enter_sendmsg")
+    """Events of the command and of all that it starts, in an own instance of tracefs."""
 
     def __enter__(self):
         self.path = Path(f"/sys/kernel/tracing/instances/bench-{os.getpid()}")
         self.path.mkdir()
-        for file, value in ("trace_clock", "x86-tsc"), ("buffer_size_kb", "65536"):
+        for file, value in ("trace_clock", "x86-tsc"), ("buffer_size_kb", "65536"), ("options/event-fork", "1"):
             (self.path / file).write_text(value)
         for event in self.EVENTS:
             (self.path / "events" / event / "enable").write_text("1")
@@ -76,20 +75,59 @@ class Trace:
     def __exit__(self, *_):
         self.path.rmdir()
 
-    def instructions(self):
-        """What the guest has executed in all, and when the VMM passed its agent's connection on."""
+    def events(self):
+        """Each event with its moment, until now."""
         (self.path / "tracing_on").write_text("0")
+        for event in filter(None, map(EVENT.match, (self.path / "trace").read_text().splitlines())):
+            yield event["name"], int(event["time"]), event
+
+
+class Guest(Trace):
+    """What the guest has executed in all, and when the VMM passed its agent's connection on."""
+
+    EVENTS = ("kvm/kvm_entry", "kvm/kvm_exit", "syscalls/sys_enter_sendmsg")
+
+    def counts(self):
         entered, executed, agent = None, 0, None
-        for event in map(EVENT.match, (self.path / "trace").read_text().splitlines()):
-            match event and (event["name"], int(event["time"])):
-                case "kvm_entry", moment:
-                    entered = moment
-                case "kvm_exit", moment if entered:
-                    executed += moment - entered
-                    entered = None
-                case "sys_sendmsg", _ if executed and agent is None and event["thread"] == "vmm":
-                    agent = executed
+        for name, moment, event in self.events():
+            if name == "kvm_entry":
+                entered = moment
+            elif name == "kvm_exit" and entered:
+                executed += moment - entered
+                entered = None
+            elif name == "sys_sendmsg" and executed and agent is None and event["thread"] == "vmm":
+                agent = executed
         return {"guest": executed, "guest until the agent is ready": agent}
+
+
+class Windows(Trace):
+    """CPU time of all from the start to where the agent is ready, and from the command's first instruction to the end. A guest that has nobody to be
+    ready for, and runs no command, does neither after its last exit."""
+
+    EVENTS = ("sched/sched_switch", "sched/sched_process_fork", "kvm/kvm_exit", "kvm/kvm_cpuid", "syscalls/sys_enter_sendmsg")
+
+    def counts(self):
+        threads, running, since, used = set(), None, 0, 0
+        last_exit = agent = command = None
+        for name, moment, event in self.events():
+            thread = int(event["tid"])
+            if not threads:
+                threads, running, since = {thread}, thread, moment
+            now = used + (moment - since if running else 0)
+            match name:
+                case "sched_process_fork":
+                    threads.add(int(re.search(r"child_pid=(\d+)", event["fields"])[1]))
+                case "sched_switch":
+                    used = now
+                    running = int(re.search(r"next_pid=(\d+)", event["fields"])[1])
+                    running, since = running if running in threads else None, moment
+                case "kvm_exit":
+                    last_exit = now
+                case "kvm_cpuid" if MARKER_LEAF in event["fields"]:
+                    command = now
+                case "sys_sendmsg" if last_exit and agent is None and event["thread"] == "vmm":
+                    agent = now
+        return {"until the agent is ready": agent or last_exit, "stop": used - (command or last_exit)}
 
 
 class Silent(Exception):
@@ -107,28 +145,29 @@ def again_if_silent(run):
 def until_output(command, environment, traced=contextlib.nullcontext, expected=b"ready\n"):
     """Starts a command and waits for its first line, or its end; returns what that took, and removes all that was started."""
     with Cgroup(f"bench-{os.getpid()}") as cgroup, traced() as trace:
+        launch = [*LAUNCH, cgroup.path / "command/cgroup.procs", trace.path / "set_event_pid" if trace else ""]
         words = [str(word).replace("CGROUP", cgroup.name) for word in command]
-        process = subprocess.Popen(
-            words, env={**os.environ, **environment}, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, preexec_fn=cgroup.enter
-        )
+        process = subprocess.Popen([*launch, *words], env={**os.environ, **environment}, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
         if not select.select([process.stdout], [], [], SILENT_S)[0]:
             process.kill()
             process.wait()
             raise Silent
         line = process.stdout.readline()
         assert line == expected, line
-        guest = trace.instructions() if trace else {}
+        if not expected:
+            process.wait()
+        counts = trace.counts() if trace else {}
         time.sleep(SETTLE_S)
         used = cgroup.used()
         process.kill()
         process.wait()
-        return guest or {"instructions": used}
+        return counts or {"instructions": used}
 
 
 class Subjects:
     """Who runs the command, and how. Programs are in memory: what an emulated host takes to read its files is not ours."""
 
-    def __init__(self, folder, unfiltered, initramfs):
+    def __init__(self, folder, unfiltered, initramfs, marker):
         self.folder = folder
         self.qemu_command = copy_qemu(folder / "qemu", initramfs)
         # What its name says, it does.
@@ -139,6 +178,7 @@ class Subjects:
         for name in "bin", "dev", "etc", "proc", "sys", "tmp":
             (rootfs / name).mkdir(parents=True)
         subprocess.run(["cp", "/bin/busybox", rootfs / "bin"], check=True)
+        shutil.copy(marker, rootfs)
         for name in "sh", "sleep":
             (rootfs / "bin" / name).symlink_to("busybox")
         subprocess.run(["runc", "spec"], check=True, cwd=folder)
@@ -147,11 +187,11 @@ class Subjects:
         config["linux"]["cgroupsPath"] = f"/bench-{os.getpid()}/container"
         (folder / "config.json").write_text(json.dumps(config))
 
-    def vmrun(self, vmm=None, **options):
+    def vmrun(self, vmm=None, command=COMMAND, **options):
         run, data = self.folder / "run", self.folder / "data"
         words = [os.environ["VMRUN"], "--root", run, "--data-root", data, "--cgroup-parent", "CGROUP/vms"]
         environment = {"VMRUN_VMM": vmm} if vmm else {}
-        counts = until_output([*words, "run", "--rm", "--memory", "128m", f"rootfs:{self.folder / 'rootfs'}", *COMMAND], environment, **options)
+        counts = until_output([*words, "run", "--rm", "--memory", "128m", f"rootfs:{self.folder / 'rootfs'}", *command], environment, **options)
         subprocess.run([*words[:5], "gc"], check=True, stdout=subprocess.DEVNULL)
         return counts
 
@@ -160,18 +200,20 @@ class Subjects:
         subprocess.run(["runc", "delete", "--force", "bench"], check=True)
         return counts
 
-    def qemu(self):
+    def qemu(self, **options):
         kernel = ["-kernel", os.environ["VMRUN_KERNEL"], "-append", QEMU_COMMAND_LINE]
         libraries = {"LD_LIBRARY_PATH": str(self.folder / "qemu")}
-        return until_output([*self.qemu_command, *kernel], libraries, expected=b"")
+        return until_output([*self.qemu_command, *kernel], libraries, expected=b"", **options)
 
     def all(self):
         return {
             "vmrun run": self.vmrun,
             "vmrun run, VMM not confined": lambda: self.vmrun(self.unconfined),
-            "vmrun run, its guest": lambda: self.vmrun(traced=Trace),
+            "vmrun run, its guest": lambda: self.vmrun(traced=Guest),
+            "vmrun run, traced": lambda: self.vmrun(command=["/marker"], traced=Windows, expected=b""),
             "runc run": self.runc,
             "QEMU microvm to the agent": self.qemu,
+            "QEMU microvm, traced": lambda: self.qemu(traced=Windows),
         }
 
 
@@ -190,11 +232,12 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--unfiltered", required=True)
     parser.add_argument("--initramfs", required=True)
+    parser.add_argument("--marker", required=True)
     parser.add_argument("--json", required=True, type=Path)
     parser.add_argument("--rounds", type=int, required=True)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        subjects = Subjects(Path(folder), arguments.unfiltered, arguments.initramfs).all()
+        subjects = Subjects(Path(folder), arguments.unfiltered, arguments.initramfs, arguments.marker).all()
         samples = {}
         for number in range(arguments.rounds + 1):
             for name, run in subjects.items():
@@ -210,10 +253,12 @@ def main():
             values = [run[count] / 1e6 for run in runs]
             median[name, count] = statistics.median(values)
             print(f"| {name}{'' if count == 'instructions' else ': ' + count} | {median[name, count]:.1f} | {min(values):.1f} to {max(values):.1f} |")
-    of = lambda name: median[name, "instructions"]
+    of = lambda name, count="instructions": median[name, count]
+    to_qemu = lambda count: of("vmrun run, traced", count) / of("QEMU microvm, traced", count)
     print(
         f"\nConfinement {100 * (of('vmrun run') / of('vmrun run, VMM not confined') - 1):.1f} %, to `runc run` {of('vmrun run') / of('runc run'):.2f}, "
-        f"to QEMU {of('vmrun run') / of('QEMU microvm to the agent'):.2f}"
+        f"to QEMU {of('vmrun run') / of('QEMU microvm to the agent'):.2f}, both until the agent is ready {to_qemu('until the agent is ready'):.2f}, "
+        f"stop {to_qemu('stop'):.2f}"
     )
 
 
