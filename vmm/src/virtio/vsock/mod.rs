@@ -22,7 +22,7 @@ mod muxer;
 mod packet;
 
 const VIRTIO_ID_VSOCK: u16 = 19;
-/// Receive, transmit and event queue. Our guest kernel fills the first with buffers of 32 KiB, others have 4 KiB in each.
+/// Receive, transmit and event queue. The first is short: our guest kernel fills it with buffers of 32 KiB, where others' have 4 KiB.
 const QUEUE_SIZES: [u16; 3] = [32, 256, 16];
 /// 0 to 2 are reserved (VIRTIO 1.2, 5.10.4).
 const FIRST_GUEST_CID: u32 = 3;
