@@ -29,6 +29,8 @@ SETTLE_S = 0.2
 # By the host's clock: a billion instructions.
 SILENT_S = 1
 EVENT = re.compile(r"\s*(?P<thread>.+)-(?P<tid>\d+)\s+\[\d+\] \S+\s+(?P<time>\d+): (?P<name>\w+)[:(](?P<fields>.*)")
+# The main thread, which passes the agent's connection on.
+VMM = "vmm", "unconfined"
 # The leaf of CPUID that the first instruction of `marker.rs` asks for.
 MARKER_LEAF = "func 4f4b0001 "
 
@@ -95,14 +97,14 @@ class Guest(Trace):
             elif name == "kvm_exit" and entered:
                 executed += moment - entered
                 entered = None
-            elif name == "sys_sendmsg" and executed and agent is None and event["thread"] == "vmm":
+            elif name == "sys_sendmsg" and executed and agent is None and event["thread"] in VMM:
                 agent = executed
         return {"guest": executed, "guest until the agent is ready": agent}
 
 
 class Windows(Trace):
-    """CPU time of all from the start to where the agent is ready, and from the command's first instruction to the end. A guest that has nobody to be
-    ready for, and runs no command, does neither after its last exit."""
+    """CPU time of all from the start to where the agent is ready, from the start to the command's first instruction, and from that to the end. A
+    guest that has nobody to be ready for, and runs no command, does neither after its last exit."""
 
     EVENTS = ("sched/sched_switch", "sched/sched_process_fork", "kvm/kvm_exit", "kvm/kvm_cpuid", "syscalls/sys_enter_sendmsg")
 
@@ -125,9 +127,10 @@ class Windows(Trace):
                     last_exit = now
                 case "kvm_cpuid" if MARKER_LEAF in event["fields"]:
                     command = now
-                case "sys_sendmsg" if last_exit and agent is None and event["thread"] == "vmm":
+                case "sys_sendmsg" if last_exit and agent is None and event["thread"] in VMM:
                     agent = now
-        return {"until the agent is ready": agent or last_exit, "stop": used - (command or last_exit)}
+        begins = {"until the agent is ready": agent or last_exit, "until the command": command}
+        return {name: count for name, count in begins.items() if count} | {"stop": used - (command or last_exit)}
 
 
 class Silent(Exception):
@@ -195,6 +198,9 @@ class Subjects:
         subprocess.run([*words[:5], "gc"], check=True, stdout=subprocess.DEVNULL)
         return counts
 
+    def windows(self, vmm=None):
+        return self.vmrun(vmm, command=["/marker"], traced=Windows, expected=b"")
+
     def runc(self):
         counts = until_output(["runc", "run", "--bundle", self.folder, "bench"], {})
         subprocess.run(["runc", "delete", "--force", "bench"], check=True)
@@ -208,9 +214,9 @@ class Subjects:
     def all(self):
         return {
             "vmrun run": self.vmrun,
-            "vmrun run, VMM not confined": lambda: self.vmrun(self.unconfined),
             "vmrun run, its guest": lambda: self.vmrun(traced=Guest),
-            "vmrun run, traced": lambda: self.vmrun(command=["/marker"], traced=Windows, expected=b""),
+            "vmrun run, traced": self.windows,
+            "vmrun run, VMM not confined, traced": lambda: self.windows(self.unconfined),
             "runc run": self.runc,
             "QEMU microvm to the agent": self.qemu,
             "QEMU microvm, traced": lambda: self.qemu(traced=Windows),
@@ -255,8 +261,9 @@ def main():
             print(f"| {name}{'' if count == 'instructions' else ': ' + count} | {median[name, count]:.1f} | {min(values):.1f} to {max(values):.1f} |")
     of = lambda name, count="instructions": median[name, count]
     to_qemu = lambda count: of("vmrun run, traced", count) / of("QEMU microvm, traced", count)
+    confinement = of("vmrun run, traced", "until the command") / of("vmrun run, VMM not confined, traced", "until the command") - 1
     print(
-        f"\nConfinement {100 * (of('vmrun run') / of('vmrun run, VMM not confined') - 1):.1f} %, to `runc run` {of('vmrun run') / of('runc run'):.2f}, "
+        f"\nConfinement {100 * confinement:.2f} %, to `runc run` {of('vmrun run') / of('runc run'):.2f}, "
         f"to QEMU {of('vmrun run') / of('QEMU microvm to the agent'):.2f}, both until the agent is ready {to_qemu('until the agent is ready'):.2f}, "
         f"stop {to_qemu('stop'):.2f}"
     )

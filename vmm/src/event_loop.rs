@@ -5,7 +5,7 @@
 //!
 //! Lock order: a source's own lock may be held while the registry's is taken, never the other way round.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -36,8 +36,8 @@ struct Shared {
 
 #[derive(Default)]
 struct Entries {
-    by_key: HashMap<u64, (u64, SharedSource)>,
-    key_of_fd: HashMap<RawFd, u64>,
+    by_key: BTreeMap<u64, (u64, SharedSource)>,
+    key_of_fd: BTreeMap<RawFd, u64>,
 }
 
 /// Most events fetched at once.

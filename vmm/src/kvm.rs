@@ -1,4 +1,4 @@
-//! `/dev/kvm` and the VM's descriptor: capabilities, interrupt controllers, memory slots.
+//! `/dev/kvm` and the VM's descriptor: capabilities, local APICs, memory slots.
 #![expect(unsafe_code, reason = "a memory slot hands a range of our address space to KVM")]
 
 use std::fs::File;
@@ -7,8 +7,8 @@ use std::os::fd::{AsRawFd as _, BorrowedFd, IntoRawFd as _, OwnedFd};
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_PMU_CAPABILITY, KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION, KVM_MAX_CPUID_ENTRIES,
-    KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE, kvm_cpuid_entry2, kvm_enable_cap, kvm_pit_config,
+    CpuId, KVM_CAP_PMU_CAPABILITY, KVM_CAP_SPLIT_IRQCHIP, KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION,
+    KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_PMU_CAP_DISABLE, kvm_cpuid_entry2, kvm_enable_cap,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd};
@@ -54,14 +54,13 @@ pub enum KvmError {
 }
 
 /// What each guest needs.
-const NEEDED: [Cap; 11] = [
-    Cap::Irqchip,
+const NEEDED: [Cap; 10] = [
+    Cap::SplitIrqchip,
     Cap::UserMemory,
     Cap::Ioeventfd,
     Cap::SignalMsi,
     Cap::SetTssAddr,
     Cap::ExtCpuid,
-    Cap::Pit2,
     Cap::ImmediateExit,
     Cap::AdjustClock,
     Cap::ReadonlyMem,
@@ -103,7 +102,7 @@ fn check_capabilities(has: impl Fn(Cap) -> bool) -> Result<(), KvmError> {
     }
 }
 
-/// Makes a VM with its interrupt controllers, its memory, and without the registers that no guest reaches.
+/// Makes a VM with local APICs, its memory, and without the registers that no guest reaches.
 ///
 /// # Errors
 /// [`KvmError::Ioctl`].
@@ -145,9 +144,9 @@ pub fn create_vm(kvm: &Kvm, memory: &GuestMemory, root_image: Option<RootImage>)
         unsafe { vm.set_user_memory_region(slot) }.map_err(ioctl("KVM_SET_USER_MEMORY_REGION"))?;
     }
     vm.set_tss_address(TSS_ADDRESS).map_err(ioctl("KVM_SET_TSS_ADDR"))?;
-    vm.create_irq_chip().map_err(ioctl("KVM_CREATE_IRQCHIP"))?;
-    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-    vm.create_pit2(pit).map_err(ioctl("KVM_CREATE_PIT2"))?;
+    // The local APICs are KVM's. There is no I/O APIC, PIC or PIT: every interrupt of ours is a message, and Linux needs none of them.
+    let local_apics = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
+    vm.enable_cap(&local_apics).map_err(ioctl("KVM_ENABLE_CAP of KVM_CAP_SPLIT_IRQCHIP"))?;
     Ok(Arc::new(vm))
 }
 

@@ -5,7 +5,6 @@ use std::borrow::Cow;
 use std::sync::Arc;
 
 use thiserror::Error;
-use vhost_user_backend::bitmap::BitmapMmapRegion;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
@@ -23,13 +22,14 @@ pub mod vsock;
 use crate::device_thread::DeviceThread;
 pub use pci::{Interrupt, Irqfd};
 
-/// Guest RAM as every device sees it.
-///
-/// The bitmap (of written pages, unused so far) is the one that the `virtiofsd` crate insists on.
-pub type GuestMemory = GuestMemoryMmap<BitmapMmapRegion>;
+/// Guest RAM as devices see it.
+pub type GuestMemory = GuestMemoryMmap;
 
 /// What a queue's doorbell is watched for. Each ring is told once, so that nobody has to read the counter: one system call fewer for each.
 pub(crate) const RING: EventSet = EventSet::IN.union(EventSet::EDGE_TRIGGERED);
+
+/// Vectors of a device whose queues share one: of two interrupts that come while the guest has them off, or is at neither yet, it takes one.
+pub(crate) const SHARED_VECTORS: usize = 2;
 
 /// A device of VIRTIO 1.2, section 5.
 pub trait VirtioDevice: Send {
@@ -37,6 +37,10 @@ pub trait VirtioDevice: Send {
     fn device_id(&self) -> u16;
     /// Largest size of each queue, a power of two; their number is the number of queues.
     fn queue_sizes(&self) -> &[u16];
+    /// How many vectors of MSI-X it has: one for the configuration, and one for each queue or for all of them.
+    fn vectors(&self) -> usize {
+        self.queue_sizes().len() + 1
+    }
     /// Feature bits of the device type; the transport adds its own.
     fn features(&self) -> u64;
     /// Device configuration space, read-only for the driver.

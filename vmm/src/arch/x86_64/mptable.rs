@@ -1,8 +1,8 @@
 //! The MultiProcessor table (MultiProcessor Specification 1.4, chapter 4): how a kernel without ACPI finds its CPUs. Present CPUs
 //! beyond the first are started by the guest.
 //!
-//! KVM's I/O APIC is not listed: every device of ours interrupts by MSI-X, and a Linux that knows of one accesses it 890 times while
-//! it boots, each an exit whose instruction KVM has to emulate.
+//! There is no I/O APIC and nothing at the pins of the local ones: every device of ours interrupts by MSI-X. A Linux that knows of an I/O
+//! APIC accesses it 890 times while it boots, each an exit whose instruction KVM has to emulate.
 
 use super::layout::{LAPIC, MP_TABLE};
 
@@ -10,29 +10,19 @@ const FLOATING_POINTER_LEN: u8 = 16;
 const HEADER_LEN: usize = 44;
 const APIC_VERSION: u8 = 0x14;
 const ENTRY_PROCESSOR: u8 = 0;
-const ENTRY_LOCAL_INTERRUPT: u8 = 4;
-const INTERRUPT_NMI: u8 = 1;
-const INTERRUPT_EXTINT: u8 = 3;
 
 /// The floating pointer and the table behind it, to be written at [`MP_TABLE`].
 #[must_use]
 pub fn build(vcpu_count: u8) -> Vec<u8> {
     let mut entries = Vec::new();
-    let mut count: u16 = 0;
-    let mut push = |entry: &[u8]| {
-        entries.extend_from_slice(entry);
-        count += 1;
-    };
     for cpu in 0..vcpu_count {
         let flags = 1 | if cpu == 0 { 2 } else { 0 };
         let mut entry = vec![ENTRY_PROCESSOR, cpu, APIC_VERSION, flags];
         entry.extend_from_slice(&0x600_u32.to_le_bytes());
         entry.extend_from_slice(&0x201_u32.to_le_bytes());
         entry.extend_from_slice(&[0; 8]);
-        push(&entry);
+        entries.extend_from_slice(&entry);
     }
-    push(&[ENTRY_LOCAL_INTERRUPT, INTERRUPT_EXTINT, 0, 0, 0, 0, 0, 0]);
-    push(&[ENTRY_LOCAL_INTERRUPT, INTERRUPT_NMI, 0, 0, 0, 0, 0xff, 1]);
 
     let mut table = floating_pointer();
     let table_len = u16::try_from(HEADER_LEN + entries.len()).expect("at most 64 CPUs");
@@ -43,7 +33,7 @@ pub fn build(vcpu_count: u8) -> Vec<u8> {
     header.extend_from_slice(b"VMRUN   ");
     header.extend_from_slice(b"MICROVM     ");
     header.extend_from_slice(&[0; 6]);
-    header.extend_from_slice(&count.to_le_bytes());
+    header.extend_from_slice(&u16::from(vcpu_count).to_le_bytes());
     header.extend_from_slice(&LAPIC.to_le_bytes());
     header.extend_from_slice(&[0; 4]);
     header.extend_from_slice(&entries);
@@ -70,7 +60,7 @@ fn checksum(bytes: &[u8]) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::super::layout::{HIMEM_START, MP_TABLE};
-    use super::{ENTRY_LOCAL_INTERRUPT, FLOATING_POINTER_LEN, build};
+    use super::{FLOATING_POINTER_LEN, build};
 
     fn sum(bytes: &[u8]) -> u8 {
         bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
@@ -83,9 +73,8 @@ mod tests {
             let (pointer, table) = table.split_at(FLOATING_POINTER_LEN.into());
             assert_eq!((sum(pointer), sum(table)), (0, 0));
             assert_eq!(usize::from(u16::from_le_bytes([table[4], table[5]])), table.len());
-            // CPUs of 20 bytes, then two interrupts of 8 bytes.
-            assert_eq!(table.len(), 44 + usize::from(vcpu_count) * 20 + 2 * 8);
-            assert_eq!(u16::from_le_bytes([table[34], table[35]]), u16::from(vcpu_count) + 2);
+            assert_eq!(table.len(), 44 + usize::from(vcpu_count) * 20);
+            assert_eq!(u16::from_le_bytes([table[34], table[35]]), u16::from(vcpu_count));
             assert!(MP_TABLE + 16 + (table.len() as u64) < HIMEM_START);
         }
     }
@@ -96,6 +85,5 @@ mod tests {
         let entries = &table[usize::from(FLOATING_POINTER_LEN) + 44..];
         assert_eq!([entries[0], entries[20], entries[40]], [0; 3]);
         assert_eq!([entries[1], entries[21], entries[41]], [0, 1, 2]);
-        assert_eq!(entries[60], ENTRY_LOCAL_INTERRUPT);
     }
 }

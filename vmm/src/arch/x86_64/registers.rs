@@ -17,10 +17,6 @@ const MTRR_WRITE_BACK: u64 = 1 << 11 | 6;
 /// Where a CPU begins after a reset (Intel SDM, volume 3, 10.1.4).
 const RESET_RIP: u64 = 0xfff0;
 const RESET_CS: u16 = 0xf000;
-const LAPIC_LVT_LINT0: usize = 0x350;
-const LAPIC_LVT_LINT1: usize = 0x360;
-const DELIVERY_NMI: u32 = 4 << 8;
-const DELIVERY_EXTINT: u32 = 7 << 8;
 
 /// Sets up the vCPU that boots.
 ///
@@ -45,7 +41,7 @@ fn segment(type_: u8, selector: u16) -> kvm_segment {
     kvm_segment { base: 0, limit: u32::MAX, selector, type_, present: 1, db: 1, s: 1, g: 1, ..Default::default() }
 }
 
-/// Sets up what every vCPU needs: MSRs, and the local APIC's pins for PIC interrupts and NMIs.
+/// Sets up what every vCPU needs. Nothing is wired to the pins of its local APIC.
 ///
 /// # Errors
 /// The ioctl that failed.
@@ -55,14 +51,7 @@ pub fn set_common(vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
         [msr(MSR_IA32_MISC_ENABLE, MSR_IA32_MISC_ENABLE_FAST_STRING), msr(MSR_MTRR_DEF_TYPE, MTRR_WRITE_BACK)];
     let msrs =
         Msrs::from_entries(&entries).map_err(|_| kvm_ioctls::Error::new(rustix::io::Errno::INVAL.raw_os_error()))?;
-    vcpu.set_msrs(&msrs)?;
-    let mut lapic = vcpu.get_lapic()?;
-    for (offset, delivery) in [(LAPIC_LVT_LINT0, DELIVERY_EXTINT), (LAPIC_LVT_LINT1, DELIVERY_NMI)] {
-        for (register, byte) in lapic.regs[offset..offset + 4].iter_mut().zip(delivery.to_le_bytes()) {
-            *register = i8::from_le_bytes([byte]);
-        }
-    }
-    vcpu.set_lapic(&lapic)
+    vcpu.set_msrs(&msrs).map(drop)
 }
 
 /// The registers that explain a triple fault. AMD's SVM loses them: KVM has reset the vCPU before we see it.

@@ -19,7 +19,8 @@ use virtiofsd::passthrough::{self, PassthroughFs};
 use virtiofsd::server::Server;
 use vmm_api::CachePolicy;
 
-use super::{ActivateError, Activation, ActiveQueue, VirtioDevice};
+use super::{ActivateError, Activation, ActiveQueue, SHARED_VECTORS, VirtioDevice};
+use crate::memory::Views;
 use checked::CheckedFs;
 use worker::Worker;
 #[cfg(any(test, fuzzing))]
@@ -159,6 +160,11 @@ impl VirtioDevice for Fs {
         &self.queue_sizes
     }
 
+    /// What serves several request queues at once is told of each by itself.
+    fn vectors(&self) -> usize {
+        if self.queue_sizes.len() > 2 { self.queue_sizes.len() + 1 } else { SHARED_VECTORS }
+    }
+
     fn features(&self) -> u64 {
         0
     }
@@ -181,10 +187,11 @@ impl VirtioDevice for Fs {
                 _ => threads.push((index, vec![queue])),
             }
         }
+        let failed = |source| ActivateError::Host { action: "start a worker of a share", source };
+        let memory = Arc::new(Views::of(memory).map_err(|error| failed(io::Error::other(error)))?);
         for (index, served) in threads {
-            let worker = Worker::spawn(index, served, memory.clone(), self.server.clone(), &device_thread);
-            self.workers
-                .push(worker.map_err(|source| ActivateError::Host { action: "start a worker of a share", source })?);
+            let worker = Worker::spawn(index, served, &memory, &self.server, &device_thread);
+            self.workers.push(worker.map_err(failed)?);
         }
         Ok(())
     }

@@ -11,6 +11,7 @@ use virtio_queue::{DescriptorChain, Queue, QueueT as _};
 use virtiofsd::descriptor_utils::{self, Writer};
 use vm_memory::{Bytes as _, GuestAddress};
 
+use crate::memory::Views;
 use crate::virtio::GuestMemory;
 
 /// Length of `fuse_out_header`.
@@ -24,7 +25,7 @@ const ROOM: u16 = 0x200;
 
 /// Room for one header: a buffer of a driver that we play ourselves.
 pub(super) struct SpareRoom {
-    memory: Arc<GuestMemory>,
+    memory: Views,
     chain: DescriptorChain<Arc<GuestMemory>>,
 }
 
@@ -40,11 +41,11 @@ impl SpareRoom {
         queue.set_avail_ring_address(Some(AVAILABLE_RING.into()), Some(0));
         queue.set_ready(true);
         let chain = queue.pop_descriptor_chain(memory.clone()).ok_or(io::ErrorKind::NotFound)?;
-        Ok(Self { memory, chain })
+        Ok(Self { memory: Views::of(memory).map_err(io::Error::other)?, chain })
     }
 
     /// Writes to the beginning of the room.
     pub(super) fn writer(&self) -> Result<Writer<'_>, descriptor_utils::Error> {
-        Writer::new(&self.memory, self.chain.clone())
+        Writer::new(&self.memory.logged, self.chain.clone())
     }
 }

@@ -16,6 +16,7 @@ use super::checked::CheckedFs;
 use super::spare_room::{OUT_HEADER_LEN, SpareRoom};
 use crate::device_thread::DeviceThread;
 use crate::jail::ThreadKind;
+use crate::memory::Views;
 use crate::virtio::{ActiveQueue, GuestMemory, RING};
 
 /// A ring that claims requests and gives none this many times in a row is broken.
@@ -33,8 +34,8 @@ impl Worker {
     pub(super) fn spawn(
         index: usize,
         queues: Vec<ActiveQueue>,
-        memory: Arc<GuestMemory>,
-        server: Arc<Server<CheckedFs>>,
+        memory: &Arc<Views>,
+        server: &Arc<Server<CheckedFs>>,
         device_thread: &DeviceThread,
     ) -> io::Result<Self> {
         let stop = EventFd::new(EFD_NONBLOCK)?;
@@ -72,7 +73,7 @@ impl Drop for Worker {
 
 struct Serving {
     queue: ActiveQueue,
-    memory: Arc<GuestMemory>,
+    memory: Arc<Views>,
     server: Arc<Server<CheckedFs>>,
     spare: SpareRoom,
     stopping: Arc<AtomicBool>,
@@ -82,20 +83,20 @@ impl Serving {
     fn serve_all(&mut self) -> Result<(), virtio_queue::Error> {
         let mut empty_turns = 0;
         loop {
-            self.queue.queue.disable_notification(&*self.memory)?;
+            self.queue.queue.disable_notification(&*self.memory.plain)?;
             let mut used_any = false;
             for _ in 0..self.queue.queue.size() {
-                let Some(chain) = self.queue.queue.pop_descriptor_chain(self.memory.clone()) else { break };
+                let Some(chain) = self.queue.queue.pop_descriptor_chain(self.memory.plain.clone()) else { break };
                 let head = chain.head_index();
                 let written = self.answer(chain);
-                self.queue.queue.add_used(&*self.memory, head, written)?;
+                self.queue.queue.add_used(&*self.memory.plain, head, written)?;
                 used_any = true;
             }
-            if used_any && self.queue.queue.needs_notification(&*self.memory)? {
+            if used_any && self.queue.queue.needs_notification(&*self.memory.plain)? {
                 // A vector that the guest set to nonsense loses its own interrupts.
                 let _ = self.queue.interrupt.trigger();
             }
-            if !self.queue.queue.enable_notification(&*self.memory)? {
+            if !self.queue.queue.enable_notification(&*self.memory.plain)? {
                 return Ok(());
             }
             // A request may have come just now; that nothing comes again and again means a broken ring.
@@ -111,9 +112,8 @@ impl Serving {
 
     /// Answers one request; a malformed one gets nothing. Of what has no room for an answer, the guest learns nothing.
     fn answer(&self, chain: virtio_queue::DescriptorChain<Arc<GuestMemory>>) -> u32 {
-        let memory = &*self.memory;
-        let Ok(reader) = Reader::new(memory, chain.clone()) else { return 0 };
-        let Ok(writer) = Writer::new(memory, chain) else { return 0 };
+        let Ok(reader) = Reader::new(&self.memory.logged, chain.clone()) else { return 0 };
+        let Ok(writer) = Writer::new(&self.memory.logged, chain) else { return 0 };
         let has_room = writer.available_bytes() >= OUT_HEADER_LEN.into();
         let Ok(writer) = (if has_room { Ok(writer) } else { self.spare.writer() }) else { return 0 };
         match self.server.handle_message(reader, writer, None::<&mut ()>) {

@@ -5,19 +5,13 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex};
 
-use kvm_bindings::{
-    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_irqchip, kvm_irq_routing_msi,
-};
+use kvm_bindings::{KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_msi};
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::transport::{high, low};
 use crate::event_loop::lock;
 
-/// Pins of the I/O APIC and of the two PICs, whose lines come first.
-const IOAPIC_PINS: u32 = 24;
-const PIC_PINS: u32 = 8;
 /// Lines of one device, more than it has vectors.
 const LINES_PER_DEVICE: u32 = 32;
 
@@ -30,7 +24,7 @@ pub(super) struct Message {
 
 /// First line of the device in a slot.
 pub(super) fn first_gsi(slot_index: usize) -> u32 {
-    IOAPIC_PINS + u32::try_from(slot_index).expect("at most 31") * LINES_PER_DEVICE
+    u32::try_from(slot_index).expect("at most 31") * LINES_PER_DEVICE
 }
 
 /// The routes of a VM.
@@ -79,28 +73,12 @@ impl Routes {
     }
 }
 
-/// Those that KVM begins with (`default_routing` of its irq_comm.c), and ours.
 fn entries(messages: &BTreeMap<u32, Message>) -> Vec<kvm_irq_routing_entry> {
-    let mut entries = Vec::new();
-    for gsi in 0..IOAPIC_PINS {
-        entries.push(pin(gsi, KVM_IRQCHIP_IOAPIC, gsi));
-        match gsi / PIC_PINS {
-            0 => entries.push(pin(gsi, KVM_IRQCHIP_PIC_MASTER, gsi)),
-            1 => entries.push(pin(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - PIC_PINS)),
-            _ => {}
-        }
-    }
-    for (gsi, message) in messages {
+    let entry = |(gsi, message): (&u32, &Message)| {
         let mut entry = kvm_irq_routing_entry { gsi: *gsi, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
         let (address_lo, address_hi) = (low(message.address), high(message.address));
         entry.u.msi = kvm_irq_routing_msi { address_lo, address_hi, data: message.data, ..Default::default() };
-        entries.push(entry);
-    }
-    entries
-}
-
-fn pin(gsi: u32, irqchip: u32, pin: u32) -> kvm_irq_routing_entry {
-    let mut entry = kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_IRQCHIP, ..Default::default() };
-    entry.u.irqchip = kvm_irq_routing_irqchip { irqchip, pin };
-    entry
+        entry
+    };
+    messages.iter().map(entry).collect()
 }

@@ -108,7 +108,7 @@ struct QueueRegisters {
 impl Transport {
     pub(super) fn new(device: Box<dyn VirtioDevice>, kicks: Vec<EventFd>, window: u64, host: Host) -> Self {
         let Host { messages, memory, device_thread } = host;
-        let vectors = kicks.len() + 1;
+        let vectors = device.vectors();
         let mut config_space = ConfigSpace::new(VENDOR_VIRTIO, DEVICE_BASE + device.device_id(), CLASS_OTHER);
         // Windows lie below 4 GiB.
         config_space.set_window(u32::try_from(window).unwrap_or(0), u32::try_from(WINDOW_LEN).unwrap_or(0));

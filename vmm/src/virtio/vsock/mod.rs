@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use thiserror::Error;
 use vmm_api::VsockConfig;
 
-use super::{ActivateError, Activation, VirtioDevice};
+use super::{ActivateError, Activation, SHARED_VECTORS, VirtioDevice};
 use crate::event_loop::{Registry, lock};
 use muxer::Muxer;
 #[cfg(any(test, fuzzing))]
@@ -66,6 +66,11 @@ impl VirtioDevice for Vsock {
 
     fn queue_sizes(&self) -> &[u16] {
         &QUEUE_SIZES
+    }
+
+    /// Linux is told of each packet that it sent and of each that it gets, often both at once.
+    fn vectors(&self) -> usize {
+        SHARED_VECTORS
     }
 
     fn features(&self) -> u64 {

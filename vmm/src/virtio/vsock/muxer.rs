@@ -4,7 +4,7 @@
 //! room only while bytes wait for it, so a stream that flows takes no `epoll_ctl(2)`. What may not be empty is remembered (`in_turn`,
 //! `starved`), because nothing tells of it again.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -44,7 +44,7 @@ pub(super) struct Muxer {
     device_thread: DeviceThread,
     /// Ourselves, for registering sockets.
     this: Weak<Mutex<Muxer>>,
-    connections: HashMap<Ports, Connection>,
+    connections: BTreeMap<Ports, Connection>,
     /// Packets without payload, in order.
     pending: VecDeque<Header>,
     /// Connections whose socket has something to read, in turn.
@@ -75,7 +75,7 @@ impl Muxer {
                 registry: registry.clone(),
                 device_thread: activation.device_thread,
                 this: this.clone(),
-                connections: HashMap::new(),
+                connections: BTreeMap::new(),
                 pending: VecDeque::new(),
                 readable: VecDeque::new(),
                 payload: vec![0; MAX_PAYLOAD_LEN as usize],

@@ -70,7 +70,7 @@ impl Header {
 }
 
 /// Ports of one connection.
-#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub(super) struct Ports {
     pub(super) host: u32,
     pub(super) guest: u32,

@@ -64,7 +64,8 @@ pub(crate) fn fuzz(data: &[u8]) {
     let queue = driver.activate_fuzzed(data.len().is_multiple_of(2));
     let spare = SpareRoom::create().expect("a page");
     let stopping = Arc::new(AtomicBool::new(false));
-    let mut serving = Serving { queue, memory: memory.clone(), server, spare, stopping };
+    let views = Arc::new(Views::of(memory.clone()).expect("two views"));
+    let mut serving = Serving { queue, memory: views, server, spare, stopping };
 
     let init = Request {
         opcode: FUSE_INIT,

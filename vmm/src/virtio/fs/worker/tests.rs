@@ -12,6 +12,7 @@ use vmm_api::CachePolicy;
 
 use super::*;
 use crate::jail::Jail;
+use crate::virtio::VirtioDevice as _;
 use crate::virtio::driver::DriverQueue;
 use crate::virtio::fs::{ALWAYS_TIMEOUT, Fs, FsError, Rules};
 
@@ -70,7 +71,8 @@ impl Share {
         let server = Arc::new(Server::new(CheckedFs::new(fs, rules)));
         let stopping = Arc::new(AtomicBool::new(false));
         let spare = SpareRoom::create().expect("a page");
-        let serving = Serving { queue: driver.activate(), memory: memory.clone(), server, spare, stopping };
+        let views = Arc::new(Views::of(memory.clone()).expect("two views"));
+        let serving = Serving { queue: driver.activate(), memory: views, server, spare, stopping };
         let mut share = Self { dir, memory, driver, serving };
         let words = [7, 38, 0, FUSE_SUBMOUNTS].map(u32::to_le_bytes);
         let init = [words.as_flattened(), &[0; 48]].concat();
@@ -273,9 +275,10 @@ fn a_ring_that_promises_requests_and_has_none_is_left() {
 
 #[test]
 fn a_worker_that_is_dropped_ends() {
-    let Share { driver, memory, serving, .. } = Share::new();
+    let Share { driver, serving, .. } = Share::new();
     let device_thread = DeviceThread::start(Jail::default()).expect("a thread");
-    let worker = Worker::spawn(1, vec![driver.activate()], memory, serving.server, &device_thread).expect("a worker");
+    let queues = vec![driver.activate()];
+    let worker = Worker::spawn(1, queues, &serving.memory, &serving.server, &device_thread).expect("a worker");
     drop(worker);
 }
 
@@ -288,9 +291,16 @@ fn a_directory_that_is_not_there_is_refused() {
     let below = File::open(dir.path()).expect("a folder");
     let below = Fs::open("tag", below.into(), Rules::default(), 1);
     assert!(matches!(below, Err(FsError::Parent)));
-    let root = File::open("/").expect("a folder");
-    let fs = Fs::open("tag", root.into(), Rules::default(), 200).expect("a share");
-    assert_eq!(crate::virtio::VirtioDevice::queue_sizes(&fs).len(), 5);
+}
+
+#[test]
+fn queues_share_a_vector_unless_there_are_several_for_requests() {
+    let counts = |request_queues| {
+        let root = File::open("/").expect("a folder");
+        let fs = Fs::open("tag", root.into(), Rules::default(), request_queues).expect("a share");
+        (fs.queue_sizes().len(), fs.vectors())
+    };
+    assert_eq!([counts(1), counts(2), counts(200)], [(2, 2), (3, 4), (5, 6)]);
 }
 
 proptest! {

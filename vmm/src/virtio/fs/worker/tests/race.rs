@@ -22,7 +22,8 @@ impl Share {
         let driver = DriverQueue::new(&memory, 0x1_0000, 16);
         let (server, stopping) = (self.serving.server.clone(), self.serving.stopping.clone());
         let spare = SpareRoom::create().expect("a page");
-        let serving = Serving { queue: driver.activate(), memory: memory.clone(), server, spare, stopping };
+        let views = Arc::new(Views::of(memory.clone()).expect("two views"));
+        let serving = Serving { queue: driver.activate(), memory: views, server, spare, stopping };
         Self { dir: tempfile::tempdir().expect("a temporary folder"), memory, driver, serving }
     }
 
