@@ -31,6 +31,8 @@ SILENT_S = 1
 EVENT = re.compile(r"\s*(?P<thread>.+)-(?P<tid>\d+)\s+\[\d+\] \S+\s+(?P<time>\d+): (?P<name>\w+)[:(](?P<fields>.*)")
 # The main thread, which passes the agent's connection on.
 VMM = "vmm", "unconfined"
+# Windows of a stop.
+FROM_THE_COMMAND, FROM_THE_END = "stop, from the command", "stop, from the guest's end"
 # The leaf of CPUID that the first instruction of `marker.rs` asks for.
 MARKER_LEAF = "func 4f4b0001 "
 
@@ -103,8 +105,8 @@ class Guest(Trace):
 
 
 class Windows(Trace):
-    """CPU time of all from the start to where the agent is ready, from the start to the command's first instruction, and from that to the end. A
-    guest that has nobody to be ready for, and runs no command, does neither after its last exit."""
+    """CPU time of all: from the start to where the agent is ready and to the command's first instruction, from that and from the guest's last exit to
+    the end. A guest that has nobody to be ready for, and runs no command, is ready with its last exit."""
 
     EVENTS = ("sched/sched_switch", "sched/sched_process_fork", "kvm/kvm_exit", "kvm/kvm_cpuid", "syscalls/sys_enter_sendmsg")
 
@@ -129,8 +131,8 @@ class Windows(Trace):
                     command = now
                 case "sys_sendmsg" if last_exit and agent is None and event["thread"] in VMM:
                     agent = now
-        begins = {"until the agent is ready": agent or last_exit, "until the command": command}
-        return {name: count for name, count in begins.items() if count} | {"stop": used - (command or last_exit)}
+        of_command = {"until the command": command, FROM_THE_COMMAND: used - command} if command else {}
+        return {"until the agent is ready": agent or last_exit} | of_command | {FROM_THE_END: used - last_exit}
 
 
 class Silent(Exception):
@@ -265,7 +267,7 @@ def main():
     print(
         f"\nConfinement {100 * confinement:.2f} %, to `runc run` {of('vmrun run') / of('runc run'):.2f}, "
         f"to QEMU {of('vmrun run') / of('QEMU microvm to the agent'):.2f}, both until the agent is ready {to_qemu('until the agent is ready'):.2f}, "
-        f"stop {to_qemu('stop'):.2f}"
+        f"stop {to_qemu(FROM_THE_END):.2f}, with the command's end {of('vmrun run, traced', FROM_THE_COMMAND) / of('QEMU microvm, traced', FROM_THE_END):.2f}"
     )
 
 
