@@ -56,6 +56,7 @@ fn describe() -> VmConfig {
         console: Some(Fd(5)),
         shares: vec![ShareConfig { tag: "share".to_owned(), root: Fd(6), cache: CachePolicy::Never, read_only: false }],
         entropy: true,
+        free_page_reporting: true,
         vsock: Some(VsockConfig { guest_cid: 3, host_ports: vec![HostPort { port: 1024, socket: Fd(7) }] }),
         networks: vec![NetConfig { device, fds: vec![Fd(8)] }],
         root_image: Some(Fd(9)),

@@ -112,6 +112,24 @@ fn all_that_a_vm_costs_is_in_a_cgroup_of_the_host_with_limits() {
 }
 
 #[test]
+fn memory_that_a_container_has_freed_is_the_hosts_again() {
+    const TAKE_AND_FREE: &str = "dd if=/dev/zero of=/dev/null bs=100M count=1 && echo freed";
+    let story = Story::new();
+    story.detach("one", &["--memory", "200m"], &["sh", "-c", &format!("{TAKE_AND_FREE}; sleep 1000")]);
+    let cgroup = PathBuf::from(story.inspect("one")["HostConfig"]["Cgroup"].as_str().expect("a cgroup"));
+    let read = |file: &str| -> u64 {
+        let bytes = fs::read_to_string(cgroup.join(file)).expect("a file of the cgroup");
+        bytes.trim().parse().expect("a number")
+    };
+    let ended = || story.call(&["logs", "one"]).success().contains("freed");
+    eventually(Duration::from_secs(30), "the memory is freed", ended);
+    assert!(read("memory.peak") > 120 << 20, "it never had the memory");
+    eventually(Duration::from_secs(30), "the host has it again", || read("memory.current") < 80 << 20);
+    assert_eq!(story.call(&["exec", "one", "sh", "-c", TAKE_AND_FREE]).success(), "freed\n");
+    let _ = story.call(&["rm", "--force", "one"]).success();
+}
+
+#[test]
 fn a_guest_that_fills_the_hosts_memory_by_a_share_ends_itself_and_nobody_else() {
     let story = Story::new();
     story.detach("neighbour", &[], &["sleep", "1000"]);

@@ -1,11 +1,12 @@
 //! What the fuzzers in `tests/fuzz` call: each takes bytes, makes of them what a guest or its driver does, and panics when the
 //! device does what it must not. Compiled for fuzzing and for the unit tests only.
 
-use crate::virtio::{fs, net, pci, rng, vsock};
+use crate::virtio::{balloon, fs, net, pci, rng, vsock};
 
-/// Rings of the entropy device: a walk of descriptor chains and little else.
+/// Rings of the entropy device, a walk of descriptor chains and little else, and of the balloon.
 pub fn rings(data: &[u8]) {
     rng::fuzz(data);
+    balloon::fuzz(data);
 }
 
 /// Packets, rings, and sockets of the host.

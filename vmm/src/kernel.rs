@@ -114,6 +114,7 @@ mod tests {
             console: None,
             control: Fd(4),
             entropy: false,
+            free_page_reporting: false,
             vsock: None,
             shares: Vec::new(),
             networks: Vec::new(),

@@ -32,6 +32,7 @@ use crate::root_image::{RootImage, RootImageError};
 use crate::signals;
 use crate::vcpu::{Buses, Vcpus};
 use crate::virtio::GuestMemory;
+use crate::virtio::balloon::Balloon;
 use crate::virtio::fs::{Fs, FsError, Rules};
 use crate::virtio::pci::{PciBus, PciError};
 use crate::virtio::rng::Rng;
@@ -160,6 +161,9 @@ impl Machine {
             let fds = network.fds.iter().map(|fd| take("a network interface", *fd)).collect::<Result<_, _>>()?;
             networks.add(network.device.clone(), fds)?;
         }
+        if config.free_page_reporting {
+            pci.add("balloon", Box::new(Balloon::new(registry.clone())))?;
+        }
         let tail = ConsoleTail::default();
         let console = config.console.map(|fd| take("the console", fd)).transpose()?.map(File::from);
         let pio = port_bus(&pci, SerialConsole::new(tail.clone(), console), exit.clone());
@@ -206,7 +210,7 @@ fn create_vcpus(kvm: &kvm_ioctls::Kvm, vm: &VmFd, count: u8, entry: u64) -> Resu
     for index in 0..count {
         let vcpu = vm.create_vcpu(index.into()).map_err(ioctl("KVM_CREATE_VCPU"))?;
         kvm::set_cpuid(&vcpu, &cpuid::of_vcpu(&supported, index, count))?;
-        registers::set_common(&vcpu).map_err(ioctl("setting MSRs and local APIC"))?;
+        registers::set_common(&vcpu).map_err(ioctl("setting MSRs"))?;
         if index == 0 {
             registers::set_boot_registers(&vcpu, entry).map_err(ioctl("setting registers"))?;
         }

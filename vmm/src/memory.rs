@@ -57,6 +57,8 @@ const RAM_NAME: &str = "guest-ram";
 /// How RAM is mapped.
 const PROT: i32 = libc::PROT_READ | libc::PROT_WRITE;
 const FLAGS: i32 = libc::MAP_SHARED | libc::MAP_NORESERVE;
+/// Size of a page of the host.
+const PAGE: usize = 4096;
 /// Size of a large page of the host.
 const LARGE_PAGE: usize = 2 << 20;
 /// What a guest with our kernel touches before its first container runs, in MiB, but for large pages of which it touches few: boot
@@ -161,6 +163,19 @@ fn populate(memory: &GuestMemory, start: u64, end: u64) {
         let _ = unsafe { madvise(start, len, Advice::LinuxHugepage) };
         // SAFETY: as above; the guest has written nothing yet, and its pages are only taken.
         let _ = unsafe { madvise(start, len, Advice::LinuxPopulateWrite) };
+    }
+}
+
+/// Takes the whole pages of a range from the guest, in which it finds zeros when it touches them again. A range that is not all RAM stays.
+pub fn take_back(memory: &GuestMemory, start: GuestAddress, len: u32) {
+    let Ok(slice) = memory.get_slice(start, len as usize) else { return };
+    let range = slice.ptr_guard_mut().as_ptr();
+    // Ranges of RAM are mapped at multiples of a page.
+    let before = range.align_offset(PAGE);
+    let len = (len as usize).saturating_sub(before) / PAGE * PAGE;
+    if len > 0 {
+        // SAFETY: these are pages of a mapping of guest RAM, whose bytes the guest may change at any time, as this does.
+        let _ = unsafe { madvise(range.wrapping_add(before).cast(), len, Advice::LinuxRemove) };
     }
 }
 

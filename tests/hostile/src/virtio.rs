@@ -83,6 +83,8 @@ pub enum Kind {
     Vsock,
     /// Shared directory.
     Fs,
+    /// Balloon.
+    Balloon,
 }
 
 impl Kind {
@@ -93,6 +95,7 @@ impl Kind {
             Self::Rng => "rng",
             Self::Vsock => "vsock",
             Self::Fs => "fs",
+            Self::Balloon => "balloon",
         }
     }
 }
@@ -114,6 +117,7 @@ impl Device {
         let kind = match pci::read::<u32>(slot, 0) {
             0x1041_1af4 => Kind::Net,
             0x1044_1af4 => Kind::Rng,
+            0x1045_1af4 => Kind::Balloon,
             0x1053_1af4 => Kind::Vsock,
             0x105a_1af4 => Kind::Fs,
             _ => return None,

@@ -9,6 +9,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
+pub mod balloon;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod driver;
 pub mod fs;

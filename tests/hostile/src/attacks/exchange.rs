@@ -21,6 +21,7 @@ pub fn answers(device: &Device) -> Verdict {
         Kind::Vsock => vsock(device),
         Kind::Fs => fs(device),
         Kind::Net => net(device),
+        Kind::Balloon => balloon(device),
     }
 }
 
@@ -64,4 +65,14 @@ fn net(device: &Device) -> Verdict {
     let taken = queue.wait(1);
     let _: u64 = read(queue.buffer);
     if taken { Ok(()) } else { Err("a frame is not taken") }
+}
+
+/// A balloon that nobody asked for is given back.
+fn balloon(device: &Device) -> Verdict {
+    let queue = Queue::of_device(device, 0);
+    write(queue.buffer, 0_u32);
+    queue.describe(0, queue.buffer, 4, 0, 0);
+    queue.offer(0);
+    device.kick(0);
+    if queue.wait(1) { Ok(()) } else { Err("a page is not taken") }
 }

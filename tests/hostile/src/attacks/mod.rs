@@ -1,5 +1,6 @@
 //! The attacks, by what they are aimed at.
 
+mod balloon;
 mod cpu;
 mod exchange;
 mod fs;
@@ -22,6 +23,7 @@ pub fn on_device(report: &mut Report, device: &Device) {
         Kind::Vsock => vsock::attack(report, device),
         Kind::Fs => fs::attack(report, device),
         Kind::Net => net::attack(report, device),
+        Kind::Balloon => balloon::attack(report, device),
         Kind::Rng => {}
     }
 }
