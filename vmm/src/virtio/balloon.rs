@@ -133,9 +133,9 @@ mod tests {
     const PAGES: u64 = 0x10_0000;
 
     fn device(reports: bool) -> (ActiveBalloonQueue, DriverQueue) {
-        let memory = crate::memory::create(64).expect("memory");
+        let memory = memory::create(64).expect("memory");
         // Four pages that are in use.
-        memory.write_slice(&[7; 4 * PAGE as usize], GuestAddress(PAGES)).expect("in RAM");
+        memory.write_slice(&[7; 4 * 4096], GuestAddress(PAGES)).expect("in RAM");
         let driver = DriverQueue::new(&memory, 0x1_0000, 16);
         (ActiveBalloonQueue { memory, queue: driver.activate(), reports }, driver)
     }
