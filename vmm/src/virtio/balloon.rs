@@ -9,7 +9,7 @@ use virtio_queue::QueueT as _;
 
 use super::{ActivateError, Activation, ActiveQueue, GuestMemory, RING, SHARED_VECTORS, VirtioDevice};
 use crate::event_loop::{EventSet, EventSource, Registry, lock};
-use crate::memory;
+use crate::memory::take_back;
 
 const VIRTIO_ID_BALLOON: u16 = 5;
 const VIRTIO_BALLOON_F_PAGE_REPORTING: u64 = 1 << 5;
@@ -83,28 +83,14 @@ impl VirtioDevice for Balloon {
 
 impl EventSource for ActiveBalloonQueue {
     fn on_event(&mut self, _token: u64, _ready: EventSet) {
-        let mut used_any = false;
-        for _ in 0..=self.queue.queue.size() {
-            let Some(chain) = self.queue.queue.pop_descriptor_chain(&*self.memory) else {
-                match self.queue.queue.enable_notification(&*self.memory) {
-                    Ok(true) => continue,
-                    _ => break,
-                }
-            };
-            let head = chain.head_index();
-            if self.reports {
+        let Self { memory, queue, reports } = self;
+        queue.serve(memory, |chain| {
+            if *reports {
                 // Each is a run of free pages (VIRTIO 1.2, 5.5.6.7). What is no page of RAM is nobody's to take.
-                chain.writable().for_each(|pages| memory::take_back(&self.memory, pages.addr(), pages.len()));
+                chain.writable().for_each(|pages| take_back(memory, pages.addr(), pages.len()));
             }
-            if self.queue.queue.add_used(&*self.memory, head, 0).is_err() {
-                return;
-            }
-            used_any = true;
-        }
-        if used_any && self.queue.queue.needs_notification(&*self.memory).unwrap_or(true) {
-            // A vector that the guest set to nonsense loses its own interrupts.
-            let _ = self.queue.interrupt.trigger();
-        }
+            0
+        });
     }
 }
 
@@ -128,12 +114,13 @@ mod tests {
 
     use super::super::driver::DriverQueue;
     use super::*;
+    use crate::memory::create;
 
     const PAGE: u64 = 4096;
     const PAGES: u64 = 0x10_0000;
 
     fn device(reports: bool) -> (ActiveBalloonQueue, DriverQueue) {
-        let memory = memory::create(64).expect("memory");
+        let memory = create(64).expect("memory");
         // Four pages that are in use.
         memory.write_slice(&[7; 4 * 4096], GuestAddress(PAGES)).expect("in RAM");
         let driver = DriverQueue::new(&memory, 0x1_0000, 16);

@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use std::sync::Arc;
 
 use thiserror::Error;
+use virtio_queue::{DescriptorChain, QueueT as _};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
@@ -77,6 +78,36 @@ pub struct ActiveQueue {
     pub kick: EventFd,
     /// Tells the driver that buffers were used.
     pub interrupt: Interrupt,
+}
+
+impl ActiveQueue {
+    /// Gives back what the driver has offered, at most a ring of it, and interrupts once. `answer` serves a chain and returns how many bytes it
+    /// wrote. A driver that broke its rings gets nothing.
+    pub(crate) fn serve<'a>(
+        &mut self,
+        memory: &'a GuestMemory,
+        mut answer: impl FnMut(DescriptorChain<&'a GuestMemory>) -> u32,
+    ) {
+        let mut used_any = false;
+        for _ in 0..=self.queue.size() {
+            let Some(chain) = self.queue.pop_descriptor_chain(memory) else {
+                match self.queue.enable_notification(memory) {
+                    Ok(true) => continue,
+                    _ => break,
+                }
+            };
+            let head = chain.head_index();
+            let written = answer(chain);
+            if self.queue.add_used(memory, head, written).is_err() {
+                return;
+            }
+            used_any = true;
+        }
+        if used_any && self.queue.needs_notification(memory).unwrap_or(true) {
+            // A vector that the guest set to nonsense loses its own interrupts.
+            let _ = self.interrupt.trigger();
+        }
+    }
 }
 
 /// Why a device cannot start.

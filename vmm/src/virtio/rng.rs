@@ -4,8 +4,7 @@ use std::borrow::Cow;
 use std::os::fd::AsRawFd as _;
 use std::sync::{Arc, Mutex};
 
-use virtio_queue::QueueT as _;
-use vm_memory::{Address as _, Bytes as _};
+use vm_memory::{Address as _, Bytes as _, GuestAddress};
 
 use super::{ActivateError, Activation, ActiveQueue, GuestMemory, RING, VirtioDevice};
 use crate::event_loop::{EventSet, EventSource, Registry, lock};
@@ -71,36 +70,19 @@ impl VirtioDevice for Rng {
 
 impl EventSource for ActiveRng {
     fn on_event(&mut self, _token: u64, _ready: EventSet) {
-        let mut used_any = false;
-        for _ in 0..=self.queue.queue.size() {
-            let Some(chain) = self.queue.queue.pop_descriptor_chain(&*self.memory) else {
-                match self.queue.queue.enable_notification(&*self.memory) {
-                    Ok(true) => continue,
-                    _ => break,
-                }
-            };
-            let head = chain.head_index();
-            let filled = chain.writable().next().map_or(0, |buffer| self.fill(buffer.addr(), buffer.len()));
-            if self.queue.queue.add_used(&*self.memory, head, filled).is_err() {
-                return;
-            }
-            used_any = true;
-        }
-        if used_any && self.queue.queue.needs_notification(&*self.memory).unwrap_or(true) {
-            // The driver polls nothing: a lost interrupt is its loss, and the next one tells it.
-            let _ = self.queue.interrupt.trigger();
-        }
+        let Self { memory, queue } = self;
+        queue.serve(memory, |chain| {
+            chain.writable().next().map_or(0, |buffer| fill(memory, buffer.addr(), buffer.len()))
+        });
     }
 }
 
-impl ActiveRng {
-    fn fill(&self, address: vm_memory::GuestAddress, len: u32) -> u32 {
-        let mut bytes = vec![0; usize::try_from(len).unwrap_or(MAX_BYTES).min(MAX_BYTES)];
-        let Ok(count) = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()) else { return 0 };
-        let written = self.memory.write_slice(&bytes[..count], address).is_ok();
-        tracing::trace!(address = address.raw_value(), count, "entropy");
-        if written { u32::try_from(count).unwrap_or(0) } else { 0 }
-    }
+fn fill(memory: &GuestMemory, address: GuestAddress, len: u32) -> u32 {
+    let mut bytes = vec![0; usize::try_from(len).unwrap_or(MAX_BYTES).min(MAX_BYTES)];
+    let Ok(count) = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()) else { return 0 };
+    let written = memory.write_slice(&bytes[..count], address).is_ok();
+    tracing::trace!(address = address.raw_value(), count, "entropy");
+    if written { u32::try_from(count).unwrap_or(0) } else { 0 }
 }
 
 #[cfg(any(test, fuzzing))]
@@ -119,7 +101,6 @@ pub(crate) fn fuzz(data: &[u8]) {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use vm_memory::{Bytes as _, GuestAddress};
 
     use super::super::driver::{DriverQueue, NEXT, WRITE};
     use super::*;

@@ -3,7 +3,7 @@
 use std::os::fd::AsRawFd as _;
 use std::sync::Arc;
 
-use virtio_queue::{DescriptorChain, QueueT as _};
+use virtio_queue::DescriptorChain;
 use vm_memory::Bytes as _;
 
 use super::MAX_CHAIN_LEN;
@@ -31,54 +31,37 @@ impl ControlQueue {
     pub(super) fn as_raw_fd(&self) -> i32 {
         self.queue.kick.as_raw_fd()
     }
-
-    /// Answers one command; returns the length written.
-    fn answer(&self, chain: DescriptorChain<Arc<GuestMemory>>) -> u32 {
-        let mut command = Vec::new();
-        for buffer in chain.clone().readable().take(MAX_CHAIN_LEN) {
-            let at = command.len();
-            command.resize(at + (COMMAND_LEN - at).min(buffer.len() as usize), 0);
-            if self.memory.read_slice(&mut command[at..], buffer.addr()).is_err() {
-                return 0;
-            }
-        }
-        let ack = if self.obey(&command) { VIRTIO_NET_OK } else { VIRTIO_NET_ERR };
-        let place = chain.writable().take(MAX_CHAIN_LEN).find(|buffer| buffer.len() > 0);
-        let written = place.is_some_and(|buffer| self.memory.write_obj(ack, buffer.addr()).is_ok());
-        u32::from(written)
-    }
-
-    fn obey(&self, command: &[u8]) -> bool {
-        let [VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, low, high] = command else { return false };
-        let pairs = u16::from_le_bytes([*low, *high]);
-        if !(1..=self.max_pairs).contains(&pairs) {
-            return false;
-        }
-        self.shared.set_active_pairs(pairs);
-        true
-    }
 }
 
 impl EventSource for ControlQueue {
     fn on_event(&mut self, _token: u64, _ready: EventSet) {
-        let mut used_any = false;
-        for _ in 0..=self.queue.queue.size() {
-            let Some(chain) = self.queue.queue.pop_descriptor_chain(self.memory.clone()) else {
-                match self.queue.queue.enable_notification(&*self.memory) {
-                    Ok(true) => continue,
-                    _ => break,
-                }
-            };
-            let head = chain.head_index();
-            let written = self.answer(chain);
-            if self.queue.queue.add_used(&*self.memory, head, written).is_err() {
-                return;
-            }
-            used_any = true;
-        }
-        if used_any && self.queue.queue.needs_notification(&*self.memory).unwrap_or(true) {
-            // The driver polls for the answer as well.
-            let _ = self.queue.interrupt.trigger();
+        let Self { memory, queue, shared, max_pairs } = self;
+        queue.serve(memory, |chain| answer(memory, chain, |command| obey(command, *max_pairs, shared)));
+    }
+}
+
+/// Answers one command; returns the length written.
+fn answer(memory: &GuestMemory, chain: DescriptorChain<&GuestMemory>, obey: impl Fn(&[u8]) -> bool) -> u32 {
+    let mut command = Vec::new();
+    for buffer in chain.clone().readable().take(MAX_CHAIN_LEN) {
+        let at = command.len();
+        command.resize(at + (COMMAND_LEN - at).min(buffer.len() as usize), 0);
+        if memory.read_slice(&mut command[at..], buffer.addr()).is_err() {
+            return 0;
         }
     }
+    let ack = if obey(&command) { VIRTIO_NET_OK } else { VIRTIO_NET_ERR };
+    let place = chain.writable().take(MAX_CHAIN_LEN).find(|buffer| buffer.len() > 0);
+    let written = place.is_some_and(|buffer| memory.write_obj(ack, buffer.addr()).is_ok());
+    u32::from(written)
+}
+
+fn obey(command: &[u8], max_pairs: u16, shared: &Shared) -> bool {
+    let [VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, low, high] = command else { return false };
+    let pairs = u16::from_le_bytes([*low, *high]);
+    if !(1..=max_pairs).contains(&pairs) {
+        return false;
+    }
+    shared.set_active_pairs(pairs);
+    true
 }
