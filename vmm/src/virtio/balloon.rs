@@ -16,6 +16,8 @@ const VIRTIO_BALLOON_F_PAGE_REPORTING: u64 = 1 << 5;
 /// To inflate, to deflate, and to report. Linux numbers the queues that there are, so no queue of statistics or hints lies between.
 const QUEUE_SIZES: [u16; 3] = [16, 16, 64];
 const REPORTING_QUEUE: usize = 2;
+/// Most runs of pages of one report, as many as Linux has in one (`PAGE_REPORTING_CAPACITY`); the rest stays the guest's.
+const MAX_RUNS: usize = 32;
 /// `virtio_balloon_config` (VIRTIO 1.2, 5.5.4): the host wants no page, and has none.
 const CONFIG: [u8; 8] = [0; 8];
 
@@ -87,7 +89,7 @@ impl EventSource for ActiveBalloonQueue {
         queue.serve(memory, |chain| {
             if *reports {
                 // Each is a run of free pages (VIRTIO 1.2, 5.5.6.7). What is no page of RAM is nobody's to take.
-                chain.writable().for_each(|pages| take_back(memory, pages.addr(), pages.len()));
+                chain.writable().take(MAX_RUNS).for_each(|pages| take_back(memory, pages.addr(), pages.len()));
             }
             0
         });
@@ -157,6 +159,16 @@ mod tests {
         device.on_event(0, EventSet::IN);
         assert_eq!(std::iter::from_fn(|| driver.take_used()).count(), 5);
         assert_eq!(kept(&device), [true, true, false, true]);
+    }
+
+    #[test]
+    fn a_report_without_an_end_is_not_followed() {
+        let (mut device, mut driver) = device(true);
+        let many = vec![(0xd000_0000, 4096, true); MAX_RUNS - 1];
+        let last = [(PAGES, 4096, true), (PAGES + PAGE, 4096, true)];
+        driver.put_indirect(0x20_0000, &[&many[..], &last].concat());
+        device.on_event(0, EventSet::IN);
+        assert_eq!((driver.take_used(), kept(&device)), (Some((0, 0)), [false, true, true, true]));
     }
 
     #[test]

@@ -30,7 +30,7 @@ pub type GuestMemory = GuestMemoryMmap;
 /// What a queue's doorbell is watched for. Each ring is told once, so that nobody has to read the counter: one system call fewer for each.
 pub(crate) const RING: EventSet = EventSet::IN.union(EventSet::EDGE_TRIGGERED);
 
-/// Vectors of a device whose queues share one: of two interrupts that come while the guest has them off, or is at neither yet, it takes one.
+/// Vectors of a device whose queues share one: of two interrupts that the guest has not taken yet, it takes one.
 pub(crate) const SHARED_VECTORS: usize = 2;
 
 /// A device of VIRTIO 1.2, section 5.

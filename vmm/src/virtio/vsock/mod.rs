@@ -68,7 +68,7 @@ impl VirtioDevice for Vsock {
         &QUEUE_SIZES
     }
 
-    /// Linux is told of each packet that it sent and of each that it gets, often both at once.
+    /// Linux is interrupted for what it sent and for what it gets.
     fn vectors(&self) -> usize {
         SHARED_VECTORS
     }
