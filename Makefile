@@ -55,6 +55,7 @@ bench: build unfiltered-vmm
 	tests/bench/network
 	tests/bench/files
 	tests/bench/vsock
+	tests/bench/figures
 
 # Each target for so many seconds of one processor, see tests/fuzz/README.md.
 fuzz: SECONDS ?= 60

@@ -23,9 +23,11 @@ QEMU_COMMAND_LINE = """quiet loglevel=1 reboot=t panic=-1 tsc=reliable no_timer_
 QEMU_FIRMWARE = "bios-microvm.bin", "pvh.bin"
 CGROUPS = Path("/sys/fs/cgroup")
 # Enters the cgroup, and the trace if there is one, then becomes the command. Python itself would count as well until then.
-LAUNCH = ["/bin/busybox", "sh", "-c", 'echo 0 >"$0" && { [ -z "$1" ] || echo $$ >"$1"; } && shift && exec "$@"']
+LAUNCH = ["/bin/busybox", "sh", "-c", 'echo 0 >"$0" && { [ -z "$1" ] || echo $$ >>"$1"; } && shift && exec "$@"']
 # What has been scheduled away by then is accounted.
 SETTLE_S = 0.2
+# A container that runs has said by then which of its pages are free.
+REST_S = 5
 # By the host's clock: a billion instructions.
 SILENT_S = 1
 EVENT = re.compile(r"\s*(?P<thread>.+)-(?P<tid>\d+)\s+\[\d+\] \S+\s+(?P<time>\d+): (?P<name>\w+)[:(](?P<fields>.*)")
@@ -33,6 +35,8 @@ EVENT = re.compile(r"\s*(?P<thread>.+)-(?P<tid>\d+)\s+\[\d+\] \S+\s+(?P<time>\d+
 VMM = "vmm", "unconfined"
 # Windows of a stop.
 FROM_THE_COMMAND, FROM_THE_END = "stop, from the command", "stop, from the guest's end"
+# A system call that writes as much as the first line has.
+FIRST_LINE = re.compile(r"count: 6\b")
 # The leaf of CPUID that the first instruction of `marker.rs` asks for.
 MARKER_LEAF = "func 4f4b0001 "
 
@@ -63,6 +67,15 @@ class Cgroup:
         stat = (self.path / "cpu.stat").read_text()
         return int(re.search(r"usage_usec (\d+)", stat)[1]) * 1000
 
+    def launch(self, command, trace=None):
+        """The words that run `command` in it."""
+        words = [str(word).replace("CGROUP", self.name) for word in command]
+        return [*LAUNCH, self.path / "command/cgroup.procs", trace.path / "set_event_pid" if trace else "", *words]
+
+    def threads(self):
+        """All in it."""
+        return [thread for folder, _, _ in os.walk(self.path) for thread in Path(folder, "cgroup.threads").read_text().split()]
+
 
 class Trace:
     """Events of the command and of all that it starts, in an own instance of tracefs."""
@@ -78,6 +91,10 @@ class Trace:
 
     def __exit__(self, *_):
         self.path.rmdir()
+
+    def follow(self, threads):
+        """Records what runs already as well."""
+        (self.path / "set_event_pid").write_text(" ".join(threads))
 
     def events(self):
         """Each event with its moment, until now."""
@@ -106,9 +123,12 @@ class Guest(Trace):
 
 class Windows(Trace):
     """CPU time of all: from the start to where the agent is ready and to the command's first instruction, from that and from the guest's last exit to
-    the end. A guest that has nobody to be ready for, and runs no command, is ready with its last exit."""
+    the end; or to the first line of a command that goes on. A guest that has nobody to be ready for, and runs no command, is ready with its last exit."""
 
-    EVENTS = ("sched/sched_switch", "sched/sched_process_fork", "kvm/kvm_exit", "kvm/kvm_cpuid", "syscalls/sys_enter_sendmsg")
+    EVENTS = (
+        *("sched/sched_switch", "sched/sched_process_fork", "kvm/kvm_exit", "kvm/kvm_cpuid"),
+        *("syscalls/sys_enter_sendmsg", "syscalls/sys_enter_write"),
+    )
 
     def counts(self):
         threads, running, since, used = set(), None, 0, 0
@@ -131,6 +151,8 @@ class Windows(Trace):
                     command = now
                 case "sys_sendmsg" if last_exit and agent is None and event["thread"] in VMM:
                     agent = now
+                case "sys_write" if last_exit and FIRST_LINE.search(event["fields"]):
+                    return {"until the first line": now}
         of_command = {"until the command": command, FROM_THE_COMMAND: used - command} if command else {}
         return {"until the agent is ready": agent or last_exit} | of_command | {FROM_THE_END: used - last_exit}
 
@@ -150,9 +172,8 @@ def again_if_silent(run):
 def until_output(command, environment, traced=contextlib.nullcontext, expected=b"ready\n"):
     """Starts a command and waits for its first line, or its end; returns what that took, and removes all that was started."""
     with Cgroup(f"bench-{os.getpid()}") as cgroup, traced() as trace:
-        launch = [*LAUNCH, cgroup.path / "command/cgroup.procs", trace.path / "set_event_pid" if trace else ""]
-        words = [str(word).replace("CGROUP", cgroup.name) for word in command]
-        process = subprocess.Popen([*launch, *words], env={**os.environ, **environment}, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+        words = cgroup.launch(command, trace)
+        process = subprocess.Popen(words, env={**os.environ, **environment}, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
         if not select.select([process.stdout], [], [], SILENT_S)[0]:
             process.kill()
             process.wait()
@@ -167,6 +188,26 @@ def until_output(command, environment, traced=contextlib.nullcontext, expected=b
         process.kill()
         process.wait()
         return counts or {"instructions": used}
+
+
+def in_running(start, command, end, traced=contextlib.nullcontext):
+    """Runs a command in a container that has rested, for the second time there; returns what that took."""
+    quiet = {"check": True, "stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+    with Cgroup(f"bench-{os.getpid()}") as cgroup:
+        subprocess.run(cgroup.launch(start), **quiet)
+        try:
+            subprocess.run(cgroup.launch(command), **quiet)
+            time.sleep(REST_S)
+            with traced() as trace:
+                before = cgroup.used()
+                if trace:
+                    trace.follow(cgroup.threads())
+                subprocess.run(cgroup.launch(command, trace), **quiet)
+                counts = trace.counts() if trace else {}
+            time.sleep(SETTLE_S)
+            return {"guest": counts["guest"]} if trace else {"instructions": cgroup.used() - before}
+        finally:
+            subprocess.run(end, **quiet)
 
 
 class Subjects:
@@ -192,16 +233,29 @@ class Subjects:
         config["linux"]["cgroupsPath"] = f"/bench-{os.getpid()}/container"
         (folder / "config.json").write_text(json.dumps(config))
 
+    def words(self):
+        return [os.environ["VMRUN"], "--root", self.folder / "run", "--data-root", self.folder / "data"]
+
+    def run_words(self, *options):
+        image = f"rootfs:{self.folder / 'rootfs'}"
+        return [*self.words(), "--cgroup-parent", "CGROUP/vms", "run", *options, "--memory", "128m", image]
+
     def vmrun(self, vmm=None, command=COMMAND, **options):
-        run, data = self.folder / "run", self.folder / "data"
-        words = [os.environ["VMRUN"], "--root", run, "--data-root", data, "--cgroup-parent", "CGROUP/vms"]
         environment = {"VMRUN_VMM": vmm} if vmm else {}
-        counts = until_output([*words, "run", "--rm", "--memory", "128m", f"rootfs:{self.folder / 'rootfs'}", *command], environment, **options)
-        subprocess.run([*words[:5], "gc"], check=True, stdout=subprocess.DEVNULL)
+        counts = until_output([*self.run_words("--rm"), *command], environment, **options)
+        subprocess.run([*self.words(), "gc"], check=True, stdout=subprocess.DEVNULL)
         return counts
 
     def windows(self, vmm=None):
         return self.vmrun(vmm, command=["/marker"], traced=Windows, expected=b"")
+
+    def vmrun_exec(self, **options):
+        start = [*self.run_words("--detach", "--name", "bench"), "sleep", "1000"]
+        return in_running(start, [*self.words(), "exec", "bench", "/marker"], [*self.words(), "rm", "--force", "bench"], **options)
+
+    def runc_exec(self):
+        start = ["runc", "run", "--detach", "--bundle", self.folder, "bench"]
+        return in_running(start, ["runc", "exec", "bench", "/marker"], ["runc", "delete", "--force", "bench"])
 
     def runc(self):
         counts = until_output(["runc", "run", "--bundle", self.folder, "bench"], {})
@@ -219,7 +273,12 @@ class Subjects:
             "vmrun run, its guest": lambda: self.vmrun(traced=Guest),
             "vmrun run, traced": self.windows,
             "vmrun run, VMM not confined, traced": lambda: self.windows(self.unconfined),
+            "vmrun run, line traced": lambda: self.vmrun(traced=Windows),
+            "vmrun run, VMM not confined, line traced": lambda: self.vmrun(self.unconfined, traced=Windows),
             "runc run": self.runc,
+            "vmrun exec": self.vmrun_exec,
+            "vmrun exec, its guest": lambda: self.vmrun_exec(traced=Guest),
+            "runc exec": self.runc_exec,
             "QEMU microvm to the agent": self.qemu,
             "QEMU microvm, traced": lambda: self.qemu(traced=Windows),
         }
@@ -263,9 +322,11 @@ def main():
             print(f"| {name}{'' if count == 'instructions' else ': ' + count} | {median[name, count]:.1f} | {min(values):.1f} to {max(values):.1f} |")
     of = lambda name, count="instructions": median[name, count]
     to_qemu = lambda count: of("vmrun run, traced", count) / of("QEMU microvm, traced", count)
-    confinement = of("vmrun run, traced", "until the command") / of("vmrun run, VMM not confined, traced", "until the command") - 1
+    confinement = lambda of_what, count: 100 * of(f"vmrun run, {of_what}", count) / of(f"vmrun run, VMM not confined, {of_what}", count) - 100
+    exec_on_host = of("vmrun exec") - of("vmrun exec, its guest", "guest")
     print(
-        f"\nConfinement {100 * confinement:.2f} %, to `runc run` {of('vmrun run') / of('runc run'):.2f}, "
+        f"\nConfinement {confinement('traced', 'until the command'):.2f} % until the command, {confinement('line traced', 'until the first line'):.2f} % "
+        f"until its first line, the host's part of `vmrun exec` to `runc exec` {exec_on_host / of('runc exec'):.2f}, to `runc run` {of('vmrun run') / of('runc run'):.2f}, "
         f"to QEMU {of('vmrun run') / of('QEMU microvm to the agent'):.2f}, both until the agent is ready {to_qemu('until the agent is ready'):.2f}, "
         f"stop {to_qemu(FROM_THE_END):.2f}, with the command's end {of('vmrun run, traced', FROM_THE_COMMAND) / of('QEMU microvm, traced', FROM_THE_END):.2f}"
     )

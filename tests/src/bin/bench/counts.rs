@@ -93,6 +93,7 @@ fn add<'a>(counts: &mut Counts, window: &str, events: &'a [Event], programs: &Pr
             "sched_switch" if ["prev_state=S ", "prev_state=D "].iter().any(|state| event.fields.contains(state)) => {
                 add("sleeps");
             }
+            "srcu" | "srcu_expedited" => add("waits for SRCU"),
             "page_fault_user" | "page_fault_kernel" => {
                 add("host page faults");
                 add(&format!("host page faults.{}", programs.name(event)));

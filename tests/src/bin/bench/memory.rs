@@ -3,8 +3,8 @@
 
 use std::fs;
 
+use ::tests::Story;
 use anyhow::{Context as _, Result, ensure};
-use tests::Story;
 
 use crate::counts::Counts;
 
@@ -30,6 +30,35 @@ pub(crate) fn processes_of(story: &Story) -> Result<[HostProcess; 2]> {
     let parent = status.lines().find_map(|line| line.strip_prefix("PPid:")?.trim().parse().ok());
     let owner = parent.context("the VMM has no parent")?;
     Ok([HostProcess { program: "vmrun", pid: owner }, HostProcess { program: "vmm", pid: vmm }])
+}
+
+/// What the host's kernel counts as used by processes and for them, in `/proc/meminfo`. What is available is not told to the page:
+/// each CPU keeps some large pages that were freed.
+/// `VmallocUsed` has the kernel's stacks.
+const USED: [&str; 7] = ["Shmem:", "AnonPages:", "Slab:", "PageTables:", "SecPageTables:", "VmallocUsed:", "Percpu:"];
+
+/// KiB of the host's memory that are used.
+pub(crate) fn used_kib() -> Result<u64> {
+    let memory = fs::read_to_string("/proc/meminfo")?;
+    let figures = memory.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        let is_use = USED.contains(&words.next()?);
+        words.next()?.parse::<u64>().ok().filter(|_| is_use)
+    });
+    Ok(figures.sum())
+}
+
+/// By how much `values` rise from one to the next: the slope of a line through them by least squares, rounded down, or 0 when it falls.
+pub(crate) fn rise(values: &[u64]) -> u64 {
+    let count = i64::try_from(values.len()).unwrap_or(0);
+    // Twice the distance from the middle, which has no half.
+    let distances = (0..).map(|index: i64| 2 * index - count + 1);
+    let (mut covariance, mut variance) = (0, 0);
+    for (distance, value) in distances.zip(values) {
+        covariance += distance * i64::try_from(*value).unwrap_or(0);
+        variance += distance * distance;
+    }
+    u64::try_from(2 * covariance / variance).unwrap_or(0)
 }
 
 /// KiB of each kind.
@@ -66,4 +95,16 @@ pub(crate) fn measure(processes: &[HostProcess]) -> Result<Counts> {
     let total = of("idle.guest KiB") + of("idle.proportional KiB");
     counts.insert("idle.total KiB".to_owned(), total);
     Ok(counts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::rise;
+
+    #[test]
+    fn a_rise_is_that_of_the_line_through_all() {
+        assert_eq!(rise(&[10, 40, 70, 100]), 30);
+        assert_eq!(rise(&[10, 50, 60, 100]), 28);
+        assert_eq!(rise(&[30, 20, 10]), 0);
+    }
 }

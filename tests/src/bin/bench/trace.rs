@@ -1,8 +1,8 @@
 //! A trace of one command and of all that it starts: system calls, exits of guests, context switches, page faults. It has an
 //! instance of tracefs of its own. Knows neither `vmrun` nor its peers.
 
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -17,6 +17,9 @@ const EVENTS: [&str; 8] = [
     "exceptions/page_fault_user",
     "exceptions/page_fault_kernel",
 ];
+/// Probes of our own: what waits for readers of SRCU, for milliseconds.
+const PROBES: [(&str, &str); 2] = [("srcu", "synchronize_srcu"), ("srcu_expedited", "synchronize_srcu_expedited")];
+const ALL_PROBES: &str = "/sys/kernel/tracing/kprobe_events";
 /// For each CPU; a run that does not fit is an error.
 const BUFFER_KIB: &str = "65536";
 
@@ -52,6 +55,10 @@ impl Trace {
         trace.set("options/record-tgid", "1")?;
         for event in EVENTS {
             trace.set(&format!("events/{event}/enable"), "1")?;
+        }
+        for (name, function) in PROBES {
+            probe(&format!("p:bench/{name} {function}"))?;
+            trace.set(&format!("events/bench/{name}/enable"), "1")?;
         }
         Ok(trace)
     }
@@ -91,9 +98,17 @@ impl Trace {
 
 impl Drop for Trace {
     fn drop(&mut self) {
-        // It goes with the host.
+        // They go with the host.
         let _ = fs::remove_dir(&self.dir);
+        for (name, _) in PROBES {
+            let _ = probe(&format!("-:bench/{name}"));
+        }
     }
+}
+
+/// Adds or removes one; what overwrites the file removes all.
+fn probe(definition: &str) -> io::Result<()> {
+    File::options().append(true).open(ALL_PROBES)?.write_all(definition.as_bytes())
 }
 
 /// Kept and written entries, of the line `# entries-in-buffer/entries-written: 12/12   #P:2`.
