@@ -110,7 +110,6 @@ pub fn config(kernel: Fd) -> VmConfig {
         console: None,
         control: Fd(0),
         entropy: false,
-        free_page_reporting: false,
         vsock: None,
         shares: Vec::new(),
         networks: Vec::new(),

@@ -56,7 +56,6 @@ fn describe() -> VmConfig {
         console: Some(Fd(5)),
         shares: vec![ShareConfig { tag: "share".to_owned(), root: Fd(6), cache: CachePolicy::Never, read_only: false }],
         entropy: true,
-        free_page_reporting: true,
         vsock: Some(VsockConfig { guest_cid: 3, host_ports: vec![HostPort { port: 1024, socket: Fd(7) }] }),
         networks: vec![NetConfig { device, fds: vec![Fd(8)] }],
         root_image: Some(Fd(9)),
@@ -195,6 +194,7 @@ fn no_case_of_the_hostile_guest_harms_the_vmm_or_the_host() {
     let mut hostile = Hostile::start(share, File::open(&root_image).expect("the image").into());
 
     let first = hostile.verdict("nothing");
+    assert_eq!(hostile.ask(&Request::ReportFreePages), Message::Reply(Reply::Done));
     let descriptors_before = hostile.descriptor_count();
     let verdicts = hostile.verdicts(first);
     let failed: Vec<_> = verdicts.iter().filter(|line| line.starts_with("FAILED")).collect();

@@ -9,11 +9,12 @@ use std::sync::Arc;
 use vmm_api::control::{Exit, ExitReason, MAX_REQUEST_LEN, Message, Reply, Request, State};
 use vmm_api::fds;
 
-use crate::event_loop::{EventSet, EventSource};
+use crate::event_loop::{EventSet, EventSource, Registry};
 use crate::exit::ExitSignal;
 use crate::machine::{add_share, share_name};
 use crate::networks::Networks;
 use crate::vcpu::Vcpus;
+use crate::virtio::balloon::Balloon;
 use crate::virtio::fs::Rules;
 use crate::virtio::pci::PciBus;
 
@@ -26,14 +27,22 @@ pub struct Control {
     vcpus: Arc<Vcpus>,
     pci: Arc<PciBus>,
     networks: Networks,
+    registry: Registry,
     exit: ExitSignal,
 }
 
 impl Control {
     /// Serves `socket`, which must not block.
     #[must_use]
-    pub fn new(socket: UnixStream, vcpus: Arc<Vcpus>, pci: Arc<PciBus>, networks: Networks, exit: ExitSignal) -> Self {
-        Self { socket, received: Vec::new(), fds: VecDeque::new(), vcpus, pci, networks, exit }
+    pub fn new(
+        socket: UnixStream,
+        vcpus: Arc<Vcpus>,
+        pci: Arc<PciBus>,
+        networks: Networks,
+        registry: Registry,
+        exit: ExitSignal,
+    ) -> Self {
+        Self { socket, received: Vec::new(), fds: VecDeque::new(), vcpus, pci, networks, registry, exit }
     }
 
     /// The descriptor to watch for input.
@@ -96,6 +105,7 @@ impl Control {
             Request::RemoveNetwork { name } => done(self.networks.remove(&name)),
             Request::SetLink { name, up } => done(self.networks.set_link(&name, up)),
             Request::NetStats => Reply::NetStats(self.networks.stats()),
+            Request::ReportFreePages => done(self.pci.add("balloon", Box::new(Balloon::new(self.registry.clone())))),
         }
     }
 }

@@ -40,7 +40,7 @@ pub enum KernelError {
 /// `ifb0`, ...) would be seen in each container.
 const COMMAND_LINE_BASE: &str = "reboot=k panic=-1 pci=conf1,copy=0xd0000,lastbus=0,noearly i8042.noaux i8042.nokbd i8042.nopnp i8042.dumbkbd \
      random.trust_cpu=on tsc=reliable no_timer_check noreplace-smp cryptomgr.notests \
-     fb_tunnels=none dummy.numdummies=0 ifb.numifbs=0";
+     fb_tunnels=none dummy.numdummies=0 ifb.numifbs=0 page_reporting.page_reporting_order=5";
 /// Without a console nothing is printed until something goes wrong: the early console costs exits only for messages that
 /// are printed, and a panic's last words reach the ring. The first program's `/dev/console` takes words and has none.
 const COMMAND_LINE_QUIET: &str =
@@ -114,7 +114,6 @@ mod tests {
             console: None,
             control: Fd(4),
             entropy: false,
-            free_page_reporting: false,
             vsock: None,
             shares: Vec::new(),
             networks: Vec::new(),

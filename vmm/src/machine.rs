@@ -32,7 +32,6 @@ use crate::root_image::{RootImage, RootImageError};
 use crate::signals;
 use crate::vcpu::{Buses, Vcpus};
 use crate::virtio::GuestMemory;
-use crate::virtio::balloon::Balloon;
 use crate::virtio::fs::{Fs, FsError, Rules};
 use crate::virtio::pci::{PciBus, PciError};
 use crate::virtio::rng::Rng;
@@ -161,9 +160,6 @@ impl Machine {
             let fds = network.fds.iter().map(|fd| take("a network interface", *fd)).collect::<Result<_, _>>()?;
             networks.add(network.device.clone(), fds)?;
         }
-        if config.free_page_reporting {
-            pci.add("balloon", Box::new(Balloon::new(registry.clone())))?;
-        }
         let tail = ConsoleTail::default();
         let console = config.console.map(|fd| take("the console", fd)).transpose()?.map(File::from);
         let pio = port_bus(&pci, SerialConsole::new(tail.clone(), console), exit.clone());
@@ -178,7 +174,8 @@ impl Machine {
     /// When the host refuses a thread or the event loop.
     pub fn run(self, control: &UnixStream) -> io::Result<Exit> {
         let vcpus = Arc::new(Vcpus::start(self.vcpus, self.buses, &self.exit, &self.jail)?);
-        let control = Control::new(control.try_clone()?, vcpus.clone(), self.pci, self.networks, self.exit.clone());
+        let (socket, registry) = (control.try_clone()?, self.registry.clone());
+        let control = Control::new(socket, vcpus.clone(), self.pci, self.networks, registry, self.exit.clone());
         let fd = control.as_raw_fd();
         self.registry.add(fd, EventSet::IN, 0, Arc::new(Mutex::new(control)))?;
         self.jail.confine(ThreadKind::EventLoop);

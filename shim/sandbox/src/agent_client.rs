@@ -123,6 +123,11 @@ impl AgentClient {
         bounded("SetClock", CALL_DEADLINE, |context| self.stub.set_clock(context, &request)).await.map(drop)
     }
 
+    pub(crate) async fn find_devices(&self) -> Result<(), CallError> {
+        let request = message::Empty::new();
+        bounded("FindDevices", CALL_DEADLINE, |context| self.stub.find_devices(context, &request)).await.map(drop)
+    }
+
     pub(crate) async fn online_resources(&self) -> Result<message::OnlineResourcesReply, CallError> {
         let request = message::Empty::new();
         bounded("OnlineResources", CALL_DEADLINE, |context| self.stub.online_resources(context, &request)).await
@@ -221,7 +226,7 @@ impl AgentClient {
         call.await.map(drop).map_err(|error| translate("AcceptSocket", error))
     }
 
-    /// The guest may reset before it answers, so there is nothing to report.
+    /// A guest that does not answer is ended all the same, so there is nothing to report.
     pub(crate) async fn shutdown(&self) {
         let request = message::Empty::new();
         let call = self.stub.shutdown(context::with_duration(SHUTDOWN_DEADLINE), &request);

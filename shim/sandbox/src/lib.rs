@@ -266,7 +266,7 @@ impl Sandbox {
         self.vmm.kill().await;
     }
 
-    /// Asks the guest to write back and reset, then ends the VMM, in at most two seconds.
+    /// Asks the guest to write back, then ends the VMM, in at most two seconds.
     pub async fn stop(&self) {
         self.agent.shutdown().await;
         self.vmm.end().await;

@@ -113,7 +113,6 @@ impl VmmProcess {
             console: spawn.console.map(|fd| passed.add(fd)),
             control: passed.add(vmm_control.into()),
             entropy: !std::arch::is_x86_feature_detected!("rdrand"),
-            free_page_reporting: true,
             vsock: Some(VsockConfig {
                 guest_cid: 3,
                 host_ports: vec![

@@ -13,12 +13,13 @@ use crate::vm::Vm;
 impl Pod {
     /// Begins to listen to a VM that has booted.
     pub(super) fn watch(self: &Arc<Self>, vm: Arc<Vm>) {
-        let (pod, followed) = (self.clone(), vm.clone());
+        let (pod, followed, reporting) = (self.clone(), vm.clone(), vm.clone());
         tokio::spawn(async move {
             let exit = pod.listen(&vm).await;
             pod.settle_all(&vm, &exit).await;
         });
         tokio::spawn(async move { followed.sandbox.follow_network().await });
+        tokio::spawn(async move { reporting.sandbox.report_free_pages().await });
     }
 
     /// Passes events on until the VM ends.

@@ -299,6 +299,8 @@ impl Run {
         tokio::task::spawn_local(control::serve(listener, container.clone()));
         let followed = container.clone();
         tokio::task::spawn_local(async move { followed.sandbox.follow_network().await });
+        let reporting = container.clone();
+        tokio::task::spawn_local(async move { reporting.sandbox.report_free_pages().await });
         for (name, socket) in sockets {
             let served = container.clone();
             tokio::task::spawn_local(async move { served.sandbox.serve_socket(&name, &socket.source).await });

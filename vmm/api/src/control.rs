@@ -63,6 +63,8 @@ pub enum Request {
     },
     /// Counters of the network interfaces.
     NetStats,
+    /// Take back what the guest says is free: a balloon appears on its PCI bus, and it looks for that when it is told to.
+    ReportFreePages,
 }
 
 /// What the VMM writes to the control socket.

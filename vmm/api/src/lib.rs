@@ -47,9 +47,6 @@ pub struct VmConfig {
     pub control: Fd,
     /// Whether the guest has an entropy device: it needs one where its CPU has no RDRAND.
     pub entropy: bool,
-    /// Whether the guest can say which of its pages are free, for the host to take them back.
-    #[serde(default)]
-    pub free_page_reporting: bool,
     /// The vsock device, if the guest has one.
     pub vsock: Option<VsockConfig>,
     /// Shared directories, one virtio-fs device each.
