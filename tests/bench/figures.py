@@ -38,7 +38,7 @@ def draw(source):
         for subject, taken in values.items():
             median = statistics.median(taken)
             spread = [[(median - min(taken)) / largest], [(max(taken) - median) / largest]]
-            axes.barh(place, median / largest, xerr=spread, color=colours[subject], label=subject)
+            axes.barh(place, median / largest, xerr=spread, color=colours[subject])
             axes.text(0.005, place, f"{subject}: {median:.4g}", va="center", fontsize="x-small")
             place += 1
         place += GAP

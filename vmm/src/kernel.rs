@@ -36,8 +36,8 @@ pub enum KernelError {
 /// Always on the command line. `reboot=k` resets through the keyboard controller, `panic=-1` does it at once; the MP table
 /// is all the firmware there is, configuration space of PCI needs no probing and is read from its copy, and there is no chipset whose
 /// quirks have to be known early. A kernel that finds one CPU would take out each LOCK prefix, with a switch of page tables for
-/// each, and put them back when it finds more: `noreplace-smp`. What is free is reported from 128 KiB (32 pages) on. Interfaces that nobody asked for (`tunl0`, `dummy0`,
-/// `ifb0`, ...) would be seen in each container.
+/// each, and put them back when it finds more: `noreplace-smp`. What is free is reported from 128 KiB (32 pages) on. Interfaces
+/// that nobody asked for (`tunl0`, `dummy0`, `ifb0`, ...) would be seen in each container.
 const COMMAND_LINE_BASE: &str = "reboot=k panic=-1 pci=conf1,copy=0xd0000,lastbus=0,noearly i8042.noaux i8042.nokbd i8042.nopnp i8042.dumbkbd \
      random.trust_cpu=on tsc=reliable no_timer_check noreplace-smp cryptomgr.notests \
      fb_tunnels=none dummy.numdummies=0 ifb.numifbs=0 page_reporting.page_reporting_order=5";

@@ -32,9 +32,8 @@ pub(crate) fn processes_of(story: &Story) -> Result<[HostProcess; 2]> {
     Ok([HostProcess { program: "vmrun", pid: owner }, HostProcess { program: "vmm", pid: vmm }])
 }
 
-/// What the host's kernel counts as used by processes and for them, in `/proc/meminfo`. What is available is not told to the page:
-/// each CPU keeps some large pages that were freed.
-/// `VmallocUsed` has the kernel's stacks.
+/// What the host's kernel counts as used by processes and for them, in `/proc/meminfo`; `VmallocUsed` has the kernel's stacks. What
+/// is available is not told to the page: each CPU keeps some large pages that were freed.
 const USED: [&str; 7] = ["Shmem:", "AnonPages:", "Slab:", "PageTables:", "SecPageTables:", "VmallocUsed:", "Percpu:"];
 
 /// KiB of the host's memory that are used.
