@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 
 use agent_api::{HOST_CID, STREAM_PORT};
+use rustix::buffer::spare_capacity;
 use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, Interest};
@@ -91,21 +92,22 @@ impl Carrier {
     }
 
     async fn carry_input(mut self, mut end: watch::Receiver<Option<u64>>) -> io::Result<()> {
-        let mut chunk = vec![0; CHUNK];
+        let mut chunk = Vec::with_capacity(CHUNK);
         let mut carried_len = 0;
         loop {
             let known_end = *end.borrow_and_update();
             if known_end.is_some_and(|end| carried_len >= end) {
                 return Ok(());
             }
+            chunk.clear();
             let read = tokio::select! {
-                read = self.stream.read(&mut chunk) => read?,
+                read = self.stream.read_buf(&mut chunk) => read?,
                 Ok(()) = end.changed() => continue,
             };
             if read == 0 {
                 return Ok(());
             }
-            self.write_all(&chunk[..read]).await?;
+            self.write_all(&chunk).await?;
             carried_len += read as u64;
         }
     }
@@ -121,13 +123,13 @@ impl Carrier {
             let _ = self.stream.shutdown(std::net::Shutdown::Write);
             let Self { ours, stream } = self;
             drop(stream);
-            let mut chunk = vec![0; CHUNK];
+            let mut chunk = Vec::with_capacity(CHUNK);
             while let Ok(1..) = read(&ours, &mut chunk).await {}
         });
     }
 
     async fn carry_output(&mut self, exit: &mut ProcessExit) -> io::Result<()> {
-        let mut chunk = vec![0; CHUNK];
+        let mut chunk = Vec::with_capacity(CHUNK);
         loop {
             let exited = exit.borrow().is_some();
             let read = tokio::select! {
@@ -141,7 +143,7 @@ impl Carrier {
             if read == 0 {
                 return Ok(());
             }
-            self.stream.write_all(&chunk[..read]).await?;
+            self.stream.write_all(&chunk).await?;
         }
     }
 
@@ -155,13 +157,16 @@ impl Carrier {
     }
 }
 
-async fn read(fd: &AsyncFd<OwnedFd>, into: &mut [u8]) -> io::Result<usize> {
-    fd.async_io(Interest::READABLE, |fd| Ok(rustix::io::read(fd.as_fd(), &mut *into)?)).await
+/// Reads in place of what `chunk` holds; its memory is not touched where nothing is read.
+async fn read(fd: &AsyncFd<OwnedFd>, chunk: &mut Vec<u8>) -> io::Result<usize> {
+    chunk.clear();
+    fd.async_io(Interest::READABLE, |fd| Ok(rustix::io::read(fd.as_fd(), spare_capacity(chunk))?)).await
 }
 
 /// Reads what is there, whatever the runtime knows of the descriptor's readiness; 0 when there is nothing.
-fn read_now(fd: &AsyncFd<OwnedFd>, into: &mut [u8]) -> usize {
-    rustix::io::read(fd.get_ref(), into).unwrap_or(0)
+fn read_now(fd: &AsyncFd<OwnedFd>, chunk: &mut Vec<u8>) -> usize {
+    chunk.clear();
+    rustix::io::read(fd.get_ref(), spare_capacity(chunk)).unwrap_or(0)
 }
 
 /// An open /dev/null.

@@ -254,16 +254,17 @@ impl Drop for Copying {
 }
 
 async fn copy_input(mut source: Source, mut stream: UnixStream) {
-    let mut chunk = vec![0; CHUNK];
+    let mut chunk = Vec::with_capacity(CHUNK);
     loop {
+        chunk.clear();
         let read = match &mut source {
-            Source::Fifo(fifo) => fifo.read(&mut chunk).await,
-            Source::File(file) => file.read(&mut chunk).await,
+            Source::Fifo(fifo) => fifo.read_buf(&mut chunk).await,
+            Source::File(file) => file.read_buf(&mut chunk).await,
         };
         match read {
             Ok(0) | Err(_) => break,
             // The process may be gone.
-            Ok(len) if stream.write_all(&chunk[..len]).await.is_err() => break,
+            Ok(_) if stream.write_all(&chunk).await.is_err() => break,
             Ok(_) => {}
         }
     }
@@ -271,16 +272,17 @@ async fn copy_input(mut source: Source, mut stream: UnixStream) {
 }
 
 async fn copy_output(mut stream: UnixStream, mut sink: Option<Sink>, progress: Arc<AtomicU64>) {
-    let mut chunk = vec![0; CHUNK];
-    while let Ok(len @ 1..) = stream.read(&mut chunk).await {
+    let mut chunk = Vec::with_capacity(CHUNK);
+    while let Ok(1..) = stream.read_buf(&mut chunk).await {
         if let Some(sink) = &mut sink
-            && let Err(error) = sink.write(&chunk[..len]).await
+            && let Err(error) = sink.write(&chunk).await
         {
             // The process learns it as a broken pipe.
             tracing::warn!(%error, "the output of a process cannot be written");
             return;
         }
         progress.fetch_add(1, Ordering::Relaxed);
+        chunk.clear();
     }
     let Some(sink) = sink else { return };
     let mut unread = sink.unread();

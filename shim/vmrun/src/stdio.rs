@@ -2,15 +2,17 @@
 //! blocks nothing else. Output is complete when its thread has ended.
 
 use std::fs::File;
-use std::io::{self, IsTerminal as _, Read, Write};
+use std::io::{self, IsTerminal as _, Write};
 use std::net::Shutdown;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use rustix::buffer::spare_capacity;
+use rustix::io::retry_on_intr;
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 use tokio::sync::oneshot;
 
@@ -69,19 +71,19 @@ impl Output {
 }
 
 /// Copies a stream of the guest to its end.
-pub(crate) fn copy_output(mut stream: UnixStream, sink: Sink) -> io::Result<Output> {
+pub(crate) fn copy_output(stream: UnixStream, sink: Sink) -> io::Result<Output> {
     let (ended_tx, ended) = oneshot::channel::<()>();
     let (output, mut log) = (sink.output.map(File::from), sink.log);
     let (guest, moves) = (stream.try_clone()?, Arc::<AtomicU64>::default());
     let moved = moves.clone();
     spawn("output", move || {
-        let mut chunk = vec![0; CHUNK];
-        while let Some(len @ 1..) = read(&mut stream, &mut chunk) {
+        let mut chunk = Vec::with_capacity(CHUNK);
+        while let Some(1..) = read(&stream, &mut chunk) {
             moved.fetch_add(1, Ordering::Relaxed);
             if let Some(log) = &mut log {
-                log.write(&chunk[..len]);
+                log.write(&chunk);
             }
-            if output.as_ref().is_some_and(|mut output| output.write_all(&chunk[..len]).is_err()) {
+            if output.as_ref().is_some_and(|mut output| output.write_all(&chunk).is_err()) {
                 break;
             }
             moved.fetch_add(1, Ordering::Relaxed);
@@ -98,22 +100,19 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<JoinHan
     thread::Builder::new().name(name.to_owned()).stack_size(256 << 10).spawn(work)
 }
 
-fn copy(mut from: impl Read, mut to: impl Write) {
-    let mut chunk = vec![0; CHUNK];
-    while let Some(len @ 1..) = read(&mut from, &mut chunk) {
-        if to.write_all(&chunk[..len]).is_err() {
+fn copy(from: impl AsFd, mut to: impl Write) {
+    let mut chunk = Vec::with_capacity(CHUNK);
+    while let Some(1..) = read(&from, &mut chunk) {
+        if to.write_all(&chunk).is_err() {
             return;
         }
     }
 }
 
-fn read(from: &mut impl Read, into: &mut [u8]) -> Option<usize> {
-    loop {
-        match from.read(into) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            other => return other.ok(),
-        }
-    }
+/// Reads once in place of what `chunk` holds; its memory is not touched where nothing is read.
+fn read(from: impl AsFd, chunk: &mut Vec<u8>) -> Option<usize> {
+    chunk.clear();
+    retry_on_intr(|| rustix::io::read(&from, spare_capacity(chunk))).ok()
 }
 
 /// Our terminal in raw mode, put back when dropped.

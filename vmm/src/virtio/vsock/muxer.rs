@@ -49,7 +49,6 @@ pub(super) struct Muxer {
     pending: VecDeque<Header>,
     /// Connections whose socket has something to read, in turn.
     readable: VecDeque<Ports>,
-    payload: Vec<u8>,
     /// Set by a reset: an event that was on its way is not served any more.
     stopped: bool,
 }
@@ -78,7 +77,6 @@ impl Muxer {
                 connections: BTreeMap::new(),
                 pending: VecDeque::new(),
                 readable: VecDeque::new(),
-                payload: vec![0; MAX_PAYLOAD_LEN as usize],
                 stopped: false,
             })
         });
@@ -204,9 +202,9 @@ impl Muxer {
             taken = buffers.take_payload(&self.memory, &mut connection.socket, len).map_err(|_| Broken)?;
             connection.count_forwarded(taken as usize);
         }
-        let rest = &mut self.payload[..(len - taken) as usize];
-        buffers.gather(&self.memory, rest).ok_or(Broken)?;
-        connection.keep(rest)
+        let mut rest = vec![0; (len - taken) as usize];
+        buffers.gather(&self.memory, &mut rest).ok_or(Broken)?;
+        connection.keep(&rest)
     }
 
     /// Bytes have moved to the host.
