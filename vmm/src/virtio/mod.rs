@@ -19,6 +19,7 @@ pub(crate) mod fuzz;
 pub mod net;
 pub mod pci;
 pub mod rng;
+pub(crate) mod spans;
 pub mod vsock;
 
 use crate::device_thread::DeviceThread;

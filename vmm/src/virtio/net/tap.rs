@@ -1,21 +1,21 @@
 //! One queue of a TAP interface (tun(4), Documentation/networking/tuntap.rst): the descriptor was opened by our caller, so
 //! nothing here names an interface or needs a capability.
-#![expect(unsafe_code, reason = "ioctls of tun(4), and frames written straight out of guest RAM")]
+#![expect(unsafe_code, reason = "ioctls of tun(4)")]
 
 use std::ffi::c_ulong;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 
-use libc::{IFF_ATTACH_QUEUE, IFF_DETACH_QUEUE, IFF_NO_PI, IFF_TAP, IFF_VNET_HDR, ifreq, iovec};
+use libc::{IFF_ATTACH_QUEUE, IFF_DETACH_QUEUE, IFF_NO_PI, IFF_TAP, IFF_VNET_HDR, ifreq};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use vhost::vhost_kern::vhost_binding::{VHOST_NET_SET_BACKEND, vhost_vring_file};
-use vm_memory::GuestMemory as _;
 
 use super::backend::{Backend, Frame};
 use super::header::{
     HEADER_LEN, VIRTIO_NET_F_CSUM, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
     VIRTIO_NET_F_HOST_USO,
 };
+use crate::virtio::spans::Spans;
 
 pub(super) const VIRTIO_NET_F_GUEST_CSUM: u64 = 1 << 1;
 pub(super) const VIRTIO_NET_F_GUEST_TSO4: u64 = 1 << 7;
@@ -59,12 +59,7 @@ pub(super) struct Tap {
     features: u64,
     /// Whether the interface has several queues, which can be taken out of use.
     multi_queue: bool,
-    /// Spans of a frame; kept for its memory.
-    spans: Vec<iovec>,
 }
-
-// SAFETY: the pointers in `spans` are of no use outside `send`, which fills them anew.
-unsafe impl Send for Tap {}
 
 impl Tap {
     /// Takes an open queue of an interface.
@@ -87,7 +82,7 @@ impl Tap {
         check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETVNETHDRSZ as c_ulong, &raw const header_len) })?;
         fcntl_setfl(&fd, fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
         let multi_queue = flags & libc::IFF_MULTI_QUEUE != 0;
-        let mut tap = Self { fd, features: OFFLOADS | UDP_OFFLOADS, multi_queue, spans: Vec::new() };
+        let mut tap = Self { fd, features: OFFLOADS | UDP_OFFLOADS, multi_queue };
         if tap.set_features(tap.features).is_err() {
             tap.features = OFFLOADS;
         }
@@ -146,34 +141,18 @@ impl Backend for Tap {
     }
 
     fn send(&mut self, frame: &Frame<'_>) -> io::Result<()> {
-        self.spans.clear();
-        self.spans.push(iovec { iov_base: frame.head.as_ptr().cast_mut().cast(), iov_len: frame.head.len() });
-        let mut guards = Vec::with_capacity(frame.rest.len());
+        let mut spans = Spans::default();
+        spans.add_slice(frame.head);
         for (address, len) in frame.rest {
-            for slice in frame.memory.get_slices(*address, *len as usize) {
-                let guard = slice.map_err(|_| io::ErrorKind::InvalidInput)?.ptr_guard();
-                self.spans.push(iovec { iov_base: guard.as_ptr().cast_mut().cast(), iov_len: guard.len() });
-                guards.push(guard);
-            }
+            spans.add(frame.memory, *address, *len)?;
         }
-        let count = i32::try_from(self.spans.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
-        loop {
-            // SAFETY: the first span is a borrowed slice, every other one a checked range of guest RAM whose guard is in
-            // `guards`; the kernel only reads them, so it does not matter that the guest may write at the same time.
-            let written = unsafe { libc::writev(self.fd.as_raw_fd(), self.spans.as_ptr(), count) };
-            if written >= 0 {
-                return Ok(());
+        spans.write_to(self.fd.as_fd()).map(drop).map_err(|error| match error.raw_os_error() {
+            // EIO: the interface is down. The others: this frame does not please the kernel.
+            Some(libc::EIO | libc::EINVAL | libc::ENOMEM | libc::ENOBUFS | libc::EFAULT | libc::E2BIG) => {
+                io::ErrorKind::InvalidInput.into()
             }
-            let error = io::Error::last_os_error();
-            match error.raw_os_error() {
-                Some(libc::EINTR) => {}
-                // EIO: the interface is down. The others: this frame does not please the kernel.
-                Some(libc::EIO | libc::EINVAL | libc::ENOMEM | libc::ENOBUFS | libc::EFAULT | libc::E2BIG) => {
-                    return Err(io::ErrorKind::InvalidInput.into());
-                }
-                _ => return Err(error),
-            }
-        }
+            _ => error,
+        })
     }
 
     fn flush(&mut self) -> io::Result<()> {

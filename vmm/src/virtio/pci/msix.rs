@@ -252,6 +252,12 @@ impl Interrupt {
         lock(&self.table).signal(self.vector.into())
     }
 
+    /// Whether one of both is as good as the other.
+    #[must_use]
+    pub fn is_same(&self, other: &Self) -> bool {
+        self.vector == other.vector && Arc::ptr_eq(&self.table, &other.table)
+    }
+
     /// Lets the host's kernel send it, from now until the [`Irqfd`] is dropped. Both on the thread of devices.
     ///
     /// # Errors

@@ -2,16 +2,16 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use virtio_queue::DescriptorChain;
-use vm_memory::{
-    Bytes as _, GuestAddress, GuestMemory as _, GuestMemoryError, VolatileMemoryError, WriteVolatile as _,
-};
+use vm_memory::{Bytes as _, GuestAddress, GuestMemoryError};
 
 use super::packet::{HEADER_LEN, Header};
 use crate::virtio::GuestMemory;
+use crate::virtio::spans::Spans;
 
 /// Most descriptors of a chain that are looked at; Linux uses up to 18.
 const MAX_BUFFERS: usize = 256;
@@ -68,27 +68,37 @@ impl Buffers {
 
     /// Writes up to `len` bytes from the front to the socket; returns how many it took. One whose other end is closed is an error: Rust
     /// ignores SIGPIPE.
-    pub(super) fn take_payload(&mut self, memory: &GuestMemory, socket: &mut UnixStream, len: u32) -> io::Result<u32> {
-        let mut taken = 0;
-        while taken < len {
-            let Some((address, there)) = self.0.pop_front() else { break };
-            let most = there.min(len - taken);
-            let bytes = memory.get_slice(address, most as usize).map_err(io::Error::other)?;
-            let count = match socket.write_volatile(&bytes) {
-                Ok(count) => u32::try_from(count).unwrap_or(most),
-                Err(VolatileMemoryError::IOError(error)) if is_for_later(&error) => 0,
-                Err(error) => return Err(io::Error::other(error)),
-            };
-            taken += count;
-            if count < there {
-                let rest = address.0.checked_add(count.into()).ok_or(io::ErrorKind::InvalidData)?;
-                self.0.push_front((GuestAddress(rest), there - count));
-            }
-            if count < most {
-                break;
+    pub(super) fn take_payload(&mut self, memory: &GuestMemory, socket: &UnixStream, len: u32) -> io::Result<u32> {
+        let mut spans = Spans::default();
+        let mut left = len;
+        for (address, there) in &self.0 {
+            let most = left.min(*there);
+            if most > 0 {
+                spans.add(memory, *address, most)?;
+                left -= most;
             }
         }
+        if left == len {
+            return Ok(0);
+        }
+        let taken = match spans.send_to(socket.as_fd()) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+            taken => u32::try_from(taken?).unwrap_or(len),
+        };
+        self.skip(taken).ok_or(io::ErrorKind::InvalidData)?;
         Ok(taken)
+    }
+
+    /// Leaves `len` bytes out at the front; nothing when there are fewer.
+    fn skip(&mut self, mut len: u32) -> Option<()> {
+        while len > 0 {
+            let (address, there) = self.0.pop_front()?;
+            if there > len {
+                self.0.push_front((GuestAddress(address.0.checked_add(len.into())?), there - len));
+            }
+            len = len.saturating_sub(there);
+        }
+        Some(())
     }
 
     /// Writes a header to the front; returns the length written, 0 when the guest gave no place for it.
@@ -130,8 +140,4 @@ impl Buffers {
             total => Payload::Bytes(total),
         })
     }
-}
-
-fn is_for_later(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
 }

@@ -101,26 +101,23 @@ impl Muxer {
         self.readable.clear();
     }
 
-    /// Takes every packet that the guest has put out.
-    fn take_packets(&mut self) -> Result<(), virtio_queue::Error> {
+    /// Takes every packet that the guest has put out; says whether there was any.
+    fn take_packets(&mut self) -> Result<bool, virtio_queue::Error> {
         let mut used_any = false;
-        {
-            self.tx.queue.disable_notification(&*self.memory)?;
-            // At most one ring of packets a turn: a guest that never stops must not keep the loop from others.
-            for _ in 0..self.tx.queue.size() {
-                let Some(chain) = self.tx.queue.pop_descriptor_chain(self.memory.clone()) else { break };
-                let head = chain.head_index();
-                self.take_packet(chain);
-                self.tx.queue.add_used(&*self.memory, head, 0)?;
-                used_any = true;
-            }
-            if !self.tx.queue.enable_notification(&*self.memory)? {
-                return interrupt_if(used_any, &mut self.tx, &self.memory);
-            }
+        self.tx.queue.disable_notification(&*self.memory)?;
+        // At most one ring of packets a turn: a guest that never stops must not keep the loop from others.
+        for _ in 0..self.tx.queue.size() {
+            let Some(chain) = self.tx.queue.pop_descriptor_chain(self.memory.clone()) else { break };
+            let head = chain.head_index();
+            self.take_packet(chain);
+            self.tx.queue.add_used(&*self.memory, head, 0)?;
+            used_any = true;
+        }
+        if self.tx.queue.enable_notification(&*self.memory)? {
             // The rest is taken in the next turn.
             let _ = self.tx.kick.write(1);
         }
-        interrupt_if(used_any, &mut self.tx, &self.memory)
+        Ok(used_any)
     }
 
     fn take_packet(&mut self, chain: DescriptorChain<Arc<GuestMemory>>) {
@@ -199,7 +196,7 @@ impl Muxer {
         let connection = self.connections.get_mut(&ports).ok_or(Broken)?;
         let mut taken = 0;
         if !connection.has_output() {
-            taken = buffers.take_payload(&self.memory, &mut connection.socket, len).map_err(|_| Broken)?;
+            taken = buffers.take_payload(&self.memory, &connection.socket, len).map_err(|_| Broken)?;
             connection.count_forwarded(taken as usize);
         }
         let mut rest = vec![0; (len - taken) as usize];
@@ -302,8 +299,9 @@ impl Muxer {
         }
     }
 
-    /// Fills the guest's receive buffers: waiting packets first, then one packet of each readable connection in turn.
-    fn fill_buffers(&mut self) -> Result<(), virtio_queue::Error> {
+    /// Fills the guest's receive buffers: waiting packets first, then one packet of each readable connection in turn. Says whether it
+    /// used any.
+    fn fill_buffers(&mut self) -> Result<bool, virtio_queue::Error> {
         let mut used_any = false;
         // At most one ring of buffers a turn, as with packets of the guest.
         let mut turns = self.rx.queue.size();
@@ -332,7 +330,21 @@ impl Muxer {
                 None => self.rx.queue.go_to_previous_position(),
             }
         }
-        interrupt_if(used_any, &mut self.rx, &self.memory)
+        Ok(used_any)
+    }
+
+    /// Interrupts for what was sent and for what was received; once, if the driver has one vector for both.
+    fn interrupt(&mut self, sent: bool, received: bool) -> Result<(), virtio_queue::Error> {
+        let sent = sent && self.tx.queue.needs_notification(&*self.memory)?;
+        let received = received && self.rx.queue.needs_notification(&*self.memory)?;
+        // A vector that the guest set to nonsense loses its own interrupts.
+        if received {
+            let _ = self.rx.interrupt.trigger();
+        }
+        if sent && !(received && self.rx.interrupt.is_same(&self.tx.interrupt)) {
+            let _ = self.tx.interrupt.trigger();
+        }
+        Ok(())
     }
 
     /// Fills one buffer; nothing when there was nothing to put into it after all.
@@ -423,27 +435,23 @@ impl EventSource for Muxer {
         if self.stopped {
             return;
         }
-        let outcome = match token {
-            TOKEN_RX => Ok(()),
+        let sent = match token {
+            TOKEN_RX => Ok(false),
             TOKEN_TX => self.take_packets(),
             token => {
                 self.socket_ready(Ports::from_token(token), ready);
-                Ok(())
+                Ok(false)
             }
         };
-        if let Err(error) = outcome.and_then(|()| self.fill_buffers()) {
+        let outcome = sent.and_then(|sent| {
+            let received = self.fill_buffers()?;
+            self.interrupt(sent, received)
+        });
+        if let Err(error) = outcome {
             tracing::debug!(%error, "the driver broke the rings of the socket device");
             self.stop();
         }
     }
-}
-
-fn interrupt_if(used_any: bool, queue: &mut ActiveQueue, memory: &GuestMemory) -> Result<(), virtio_queue::Error> {
-    if used_any && queue.queue.needs_notification(memory)? {
-        // A vector that the guest set to nonsense loses its own interrupts.
-        let _ = queue.interrupt.trigger();
-    }
-    Ok(())
 }
 
 #[cfg(any(test, fuzzing))]

@@ -2,6 +2,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::Shutdown;
+use std::sync::mpsc::Receiver;
 
 use proptest::prelude::*;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -29,6 +30,7 @@ struct Guest {
     muxer: Arc<Mutex<Muxer>>,
     registry: Registry,
     owner: OwnedFd,
+    interrupts: Receiver<(u64, u32)>,
 }
 
 impl Guest {
@@ -38,13 +40,15 @@ impl Guest {
             (DriverQueue::new(&memory, 0x1_0000, QUEUE_SIZE), DriverQueue::new(&memory, 0x2_0000, QUEUE_SIZE));
         let (owner, ours) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::NONBLOCK, None).expect("a socket pair");
-        let queues = vec![rx.activate(), tx.activate()];
+        let (interrupt, interrupts) = Interrupt::heard();
+        let queues =
+            [rx.activate(), tx.activate()].map(|queue| ActiveQueue { interrupt: interrupt.clone(), ..queue }).into();
         let config_changed = Interrupt::unheard();
         let device_thread = DeviceThread::start(Jail::default()).expect("a thread");
         let activation = Activation { memory: memory.clone(), features: 0, queues, config_changed, device_thread };
         let registry = Registry::create().expect("epoll");
         let muxer = Muxer::start(activation, GUEST_CID, Arc::new(vec![(PORT, ours)]), registry.clone());
-        Self { memory, rx, tx, muxer: muxer.expect("a muxer"), registry, owner }
+        Self { memory, rx, tx, muxer: muxer.expect("a muxer"), registry, owner, interrupts }
     }
 
     fn offer_buffers(&mut self, count: u64, len: u32) {
@@ -122,6 +126,11 @@ impl Guest {
     fn socket_ready(&mut self, ready: EventSet) {
         lock(&self.muxer).on_event(PORTS.token(), ready);
     }
+
+    /// How often it was interrupted since it was asked last.
+    fn interrupts(&self) -> usize {
+        self.interrupts.try_iter().count()
+    }
 }
 
 /// Each descriptor has a buffer of its own.
@@ -148,6 +157,46 @@ fn bytes_flow_both_ways() {
     let packets = guest.received();
     assert_eq!((packets.len(), packets[0].0, packets[0].2.as_slice()), (1, VIRTIO_VSOCK_OP_RW, &b"to the guest"[..]));
     assert_eq!(packets[0].1.fwd_cnt, 11);
+}
+
+#[test]
+fn what_was_sent_and_what_is_received_are_told_by_one_interrupt() {
+    let (mut guest, mut host) = connected();
+    guest.interrupts();
+    guest.send(VIRTIO_VSOCK_OP_RW, Header::default(), b"sent");
+    assert_eq!(guest.interrupts(), 1);
+    guest.send(VIRTIO_VSOCK_OP_CREDIT_REQUEST, Header::default(), &[]);
+    assert_eq!((guest.operations().len(), guest.interrupts()), (1, 1));
+    host.write_all(b"received").expect("write");
+    guest.socket_ready(EventSet::IN);
+    assert_eq!((guest.operations().len(), guest.interrupts()), (1, 1));
+}
+
+#[test]
+fn a_payload_in_many_buffers_comes_whole() {
+    let (mut guest, mut host) = connected();
+    let header = Header {
+        src_cid: GUEST_CID,
+        dst_cid: HOST_CID,
+        src_port: PORTS.guest,
+        dst_port: PORTS.host,
+        len: 6,
+        ..Header::default()
+    };
+    let header = Header { typ: VIRTIO_VSOCK_TYPE_STREAM, op: VIRTIO_VSOCK_OP_RW, buf_alloc: 64 << 10, ..header };
+    let bytes = [&header.encode()[..], b"abcdef"].concat();
+    guest.memory.write_slice(&bytes, GuestAddress(TX_BUFFER)).expect("in RAM");
+    let payload = TX_BUFFER + u64::from(HEADER_LEN);
+    guest.tx.put(&[
+        (TX_BUFFER, 20, false),
+        (TX_BUFFER + 20, HEADER_LEN - 20 + 1, false),
+        (payload + 1, 2, false),
+        (payload + 3, 90, false),
+    ]);
+    lock(&guest.muxer).on_event(TOKEN_TX, EventSet::IN);
+    let mut text = [0; 6];
+    host.read_exact(&mut text).expect("read");
+    assert_eq!(&text, b"abcdef");
 }
 
 #[test]
