@@ -52,22 +52,20 @@ impl Buffers {
 
     /// Copies `into.len()` bytes from the front; nothing when the buffers hold less or do not lie in guest RAM.
     pub(super) fn gather(&mut self, memory: &GuestMemory, into: &mut [u8]) -> Option<()> {
-        let mut filled = 0;
-        while filled < into.len() {
-            let (address, len) = self.0.pop_front()?;
-            let take = (into.len() - filled).min(len as usize);
-            memory.read_slice(&mut into[filled..filled + take], address).ok()?;
-            filled += take;
-            let taken = u32::try_from(take).ok()?;
-            if taken < len {
-                self.0.push_front((GuestAddress(address.0.checked_add(taken.into())?), len - taken));
+        let len = u32::try_from(into.len()).ok()?;
+        let mut rest = into;
+        for (address, there) in &self.0 {
+            if rest.is_empty() {
+                break;
             }
+            let (now, later) = rest.split_at_mut(rest.len().min(*there as usize));
+            memory.read_slice(now, *address).ok()?;
+            rest = later;
         }
-        Some(())
+        self.skip(len)
     }
 
-    /// Writes up to `len` bytes from the front to the socket; returns how many it took. One whose other end is closed is an error: Rust
-    /// ignores SIGPIPE.
+    /// Writes up to `len` bytes from the front to the socket; returns how many it took. One whose other end is closed is an error.
     pub(super) fn take_payload(&mut self, memory: &GuestMemory, socket: &UnixStream, len: u32) -> io::Result<u32> {
         let mut spans = Spans::default();
         let mut left = len;
