@@ -64,9 +64,10 @@ impl Subjects {
         counts
     }
 
-    /// `vmrun exec` in a container that runs, for the second time there.
+    /// `vmrun exec` in a container that has rested, for the second time there.
     pub(crate) fn vmrun_exec(&self) -> Result<Counts> {
         let _container = Detached::start(&self.story, "bench", &[])?;
+        thread::sleep(REST);
         let exec = ["exec", "bench", "/marker"];
         succeed(&self.story, &exec)?;
         let processes = memory::processes_of(&self.story)?;
