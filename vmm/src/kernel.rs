@@ -44,8 +44,8 @@ const COMMAND_LINE_BASE: &str = "reboot=k panic=-1 pci=conf1,copy=0xd0000,lastbu
 /// Without a console nothing is printed until something goes wrong: the early console costs exits only for messages that
 /// are printed, and a panic's last words reach the ring. The first program's `/dev/console` takes words and has none.
 const COMMAND_LINE_QUIET: &str =
-    "quiet loglevel=1 8250.nr_uarts=0 earlycon=uart8250,io,0x3f8,115200 keep_bootcon console=ttynull";
-const COMMAND_LINE_CONSOLE: &str = "console=ttyS0 8250.nr_uarts=1 earlycon=uart8250,io,0x3f8,115200";
+    "quiet loglevel=1 8250.nr_uarts=0 earlycon=uart8250,io,0x3f8 keep_bootcon console=ttynull";
+const COMMAND_LINE_CONSOLE: &str = "console=ttyS0 8250.nr_uarts=1 earlycon=uart8250,io,0x3f8";
 /// The root image, executed in place.
 const COMMAND_LINE_ROOT: &str = "root=/dev/pmem0 rootfstype=erofs rootflags=dax=always init=/init";
 

@@ -7,7 +7,7 @@
 //! Decided: the file is in a tmpfs of our own, which gives large pages where they are asked for (`huge=advise`), and loses its name at
 //! once. Because: a memfd has the policy of all shared memory, which is `never` on most hosts, and small pages can only be collapsed
 //! (`MADV_COLLAPSE`), at 1.0 million instructions for each large one, where a fault for one takes 0.4.
-#![expect(unsafe_code, reason = "a mapping at an address of our choice, and advice about it")]
+#![expect(unsafe_code, reason = "mappings at addresses of our choice, and an option of the allocator")]
 
 use std::fs::{self, File};
 use std::io;
@@ -79,6 +79,13 @@ pub enum Backing {
     Small,
     /// Of 2 MiB where the host has them, in this mount of a tmpfs.
     Large(OwnedFd),
+}
+
+/// Has all threads of the process allocate from one heap. They allocate little, for which each would have 128 MiB of address space
+/// and pages of its own.
+pub fn share_one_heap() {
+    // SAFETY: it changes what later allocations of threads do, and no memory. Without it there are only more heaps.
+    let _ = unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
 }
 
 /// What the host's policy of transparent huge pages says: whoever switched them off had a reason.

@@ -17,7 +17,7 @@ use crate::inherited::{InheritedFds, close_others};
 use crate::jail::{Jail, JailError};
 use crate::kvm::{self, KvmError};
 use crate::machine::{BuildError, Machine};
-use crate::memory::{Backing, host_has_large_pages};
+use crate::memory::{Backing, host_has_large_pages, share_one_heap};
 
 /// Why no VM ran.
 #[derive(Debug, Error)]
@@ -58,6 +58,7 @@ pub enum RunError {
 /// # Errors
 /// Where there is nobody to say it to, and what the host refuses.
 pub fn run(config_fd: i32, confine: impl FnOnce() -> Result<(Jail, OwnedFd), JailError>) -> Result<u8, RunError> {
+    share_one_heap();
     raise_descriptor_limit().map_err(host("raise the limit of open files"))?;
     let mut fds = InheritedFds::default();
     let config = File::from(fds.take(Fd(config_fd)).map_err(inherited("--config-fd"))?);
