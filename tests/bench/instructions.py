@@ -314,22 +314,10 @@ def main():
                     samples.setdefault(name, []).append(counts)
     arguments.json.write_text(json.dumps(samples, indent=2))
     print("| million instructions to the first line of output | median | lowest to highest |\n|---|---|---|")
-    median = {}
     for name, runs in samples.items():
         for count in runs[0]:
             values = [run[count] / 1e6 for run in runs]
-            median[name, count] = statistics.median(values)
-            print(f"| {name}{'' if count == 'instructions' else ': ' + count} | {median[name, count]:.1f} | {min(values):.1f} to {max(values):.1f} |")
-    of = lambda name, count="instructions": median[name, count]
-    to_qemu = lambda count: of("vmrun run, traced", count) / of("QEMU microvm, traced", count)
-    confinement = lambda of_what, count: 100 * of(f"vmrun run, {of_what}", count) / of(f"vmrun run, VMM not confined, {of_what}", count) - 100
-    exec_on_host = of("vmrun exec") - of("vmrun exec, its guest", "guest")
-    print(
-        f"\nConfinement {confinement('traced', 'until the command'):.2f} % until the command, {confinement('line traced', 'until the first line'):.2f} % "
-        f"until its first line, the host's part of `vmrun exec` to `runc exec` {exec_on_host / of('runc exec'):.2f}, to `runc run` {of('vmrun run') / of('runc run'):.2f}, "
-        f"to QEMU {of('vmrun run') / of('QEMU microvm to the agent'):.2f}, both until the agent is ready {to_qemu('until the agent is ready'):.2f}, "
-        f"stop {to_qemu(FROM_THE_END):.2f}, with the command's end {of('vmrun run, traced', FROM_THE_COMMAND) / of('QEMU microvm, traced', FROM_THE_END):.2f}"
-    )
+            print(f"| {name}{'' if count == 'instructions' else ': ' + count} | {statistics.median(values):.1f} | {min(values):.1f} to {max(values):.1f} |")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ use std::io::Read;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
-use tests::containerd::{Containerd, Process, Release, Streams};
+use tests::containerd::{Client, Containerd, Process, Release, Streams};
 
 use crate::counts::Counts;
 use crate::memory::{self, HostProcess};
 
-const SHIM: &str = "containerd-shim-vm-v2";
+/// Programs of a pod, and what they are called here.
+const OF_A_POD: [(&str, &str); 2] = [("containerd-shim-vm-v2", "shim"), ("vmm", "vmm")];
 const SLEEP: [&str; 2] = ["sleep", "100000"];
 
 /// A containerd for the whole bench.
@@ -43,29 +44,45 @@ impl ThroughContainerd {
         first.join().ok().context("the reader of the output panicked")?
     }
 
-    /// `true` in a container of `runtime` that runs, for the second time there; and what an idle shim of ours has.
+    /// `true` in a container of `runtime` that runs beside another, for the second time there; and what the processes of our idle pod have.
     pub(crate) fn exec(&self, runtime: &str) -> Result<Counts> {
         let mut client = self.0.client();
         runtime.clone_into(&mut client.runtime);
         self.0.block_on(async {
-            let mut task = client.create("bench", &SLEEP, |_| {}).await?;
-            let counts = self.execs(&mut task).await;
-            removed(task).await?;
+            let mut neighbour = client.create("neighbour", &SLEEP, |_| {}).await?;
+            let counts = self.beside(&mut neighbour, &client).await;
+            removed(neighbour).await?;
             counts
         })
     }
 
-    async fn execs(&self, task: &mut Process) -> Result<Counts> {
+    async fn beside(&self, neighbour: &mut Process, client: &Client) -> Result<Counts> {
+        neighbour.start().await?;
+        let others = self.of_pods();
+        let mut task = client.create("bench", &SLEEP, |_| {}).await?;
+        let counts = self.execs(&mut task, &others).await;
+        removed(task).await?;
+        counts
+    }
+
+    async fn execs(&self, task: &mut Process, others: &[HostProcess]) -> Result<Counts> {
         task.start().await?;
         task.run("first", &["true"]).await;
-        let shims: Vec<_> =
-            self.0.processes(SHIM).into_iter().map(|pid| HostProcess { program: "shim", pid }).collect();
-        let mut counts = memory::measure(&shims)?;
+        let mut of_pod = self.of_pods();
+        of_pod.retain(|process| others.iter().all(|other| other.pid != process.pid));
+        let mut counts = memory::measure(&of_pod)?;
         let started = Instant::now();
         let (exit_status, _) = task.run("second", &["true"]).await;
         ensure!(exit_status == 0, "true failed");
         counts.insert("exec us".to_owned(), micros_since(started));
         Ok(counts)
+    }
+
+    fn of_pods(&self) -> Vec<HostProcess> {
+        let processes = OF_A_POD.into_iter().flat_map(|(name, program)| {
+            self.0.processes(name).into_iter().map(move |pid| HostProcess { program, pid })
+        });
+        processes.collect()
     }
 }
 
