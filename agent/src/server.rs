@@ -123,8 +123,9 @@ impl Agent for Service {
         set_clock(request.realtime_ns)?;
         sys::add_entropy(&request.entropy).map_err(|e| internal("add entropy", &e))?;
         rustix::system::sethostname(request.hostname.as_bytes()).map_err(|e| internal("set the host name", &e))?;
-        for tag in &request.shares {
-            share_tag(tag)?.mount(false).map_err(|e| internal(&format!("mount the share {tag}"), &e))?;
+        for share in &request.shares {
+            let action = format!("mount the share {}", share.tag);
+            share_tag(&share.tag)?.mount(share.into()).map_err(|e| internal(&action, &e))?;
         }
         Ok(Empty::new())
     }
@@ -222,7 +223,7 @@ impl Agent for Service {
 
     async fn add_share(&self, _: &TtrpcContext, request: ShareRequest) -> ttrpc::Result<Empty> {
         let tag = share_tag(&request.tag)?;
-        tag.plug_in(request.read_only).await.map_err(|e| internal("mount the share", &e))?;
+        tag.plug_in((&request).into()).await.map_err(|e| internal("mount the share", &e))?;
         Ok(Empty::new())
     }
 

@@ -1,10 +1,12 @@
 //! Virtio-fs shares, mounted at `SHARE_DIR/TAG`.
 
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use std::{fs, io};
 
 use agent_api::SHARE_DIR;
+use agent_api::message::ShareRequest;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use crate::hotplug;
@@ -12,6 +14,20 @@ use crate::hotplug;
 /// A tag that is also one safe path component.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ShareTag(String);
+
+/// How a share is mounted.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct MountOptions {
+    read_only: bool,
+    /// In KiB; 0 leaves it to the kernel.
+    readahead_kib: u32,
+}
+
+impl From<&ShareRequest> for MountOptions {
+    fn from(request: &ShareRequest) -> Self {
+        Self { read_only: request.read_only, readahead_kib: request.readahead_kib }
+    }
+}
 
 /// Time for a device to come that the host has plugged in.
 const DEVICE_DEADLINE: Duration = Duration::from_secs(5);
@@ -36,24 +52,39 @@ impl ShareTag {
         PathBuf::from(SHARE_DIR).join(&self.0)
     }
 
-    pub(crate) fn mount(&self, read_only: bool) -> io::Result<()> {
-        let flags = if read_only { MountFlags::RDONLY } else { MountFlags::empty() };
+    pub(crate) fn mount(&self, options: MountOptions) -> io::Result<()> {
+        let flags = if options.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
         fs::create_dir_all(self.path())?;
-        Ok(mount(self.0.as_str(), self.path(), "virtiofs", flags, None)?)
+        mount(self.0.as_str(), self.path(), "virtiofs", flags, None)?;
+        match options.readahead_kib {
+            0 => Ok(()),
+            kib => self.set_readahead(kib).inspect_err(|_| {
+                // The first error is the one to tell.
+                let _ = unmount(self.path(), UnmountFlags::DETACH);
+            }),
+        }
+    }
+
+    /// For files that are opened from now on.
+    fn set_readahead(&self, kib: u32) -> io::Result<()> {
+        // Answered after the device's first answer, with which the kernel lowers the readahead to what it was at the mount.
+        let device = fs::metadata(self.path())?.dev();
+        let name = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
+        fs::write(Path::new("/sys/class/bdi").join(name).join("read_ahead_kb"), kib.to_string())
     }
 
     /// Mounts a share whose device may not have been seen yet: looks at the PCI bus again, and tries at each event of the
     /// kernel until the device is there.
-    pub(crate) async fn plug_in(&self, read_only: bool) -> io::Result<()> {
+    pub(crate) async fn plug_in(&self, options: MountOptions) -> io::Result<()> {
         // Before the look at the bus, so that no event is missed.
         let events = hotplug::device_events()?;
-        match self.mount(read_only) {
+        match self.mount(options) {
             Err(error) if is_no_such_device(&error) => hotplug::rescan_pci()?,
             done => return done,
         }
         let mounted = async {
             loop {
-                match self.mount(read_only) {
+                match self.mount(options) {
                     Err(error) if is_no_such_device(&error) => hotplug::next_event(&events).await?,
                     done => return done,
                 }

@@ -106,6 +106,18 @@ print "$file|", unpack("P15", pack("Q", $at)), "\n";
 "#;
 
 #[test]
+fn a_volume_is_read_ahead_by_whole_requests_and_the_root_file_system_as_linux_does() {
+    let story = Story::new();
+    let mut guest = Python::start(&story, &["-v", &story.volume_at_mnt()]);
+    guest.exec("import glob; kib = lambda path: int(open(path + '/read_ahead_kb').read())");
+    // What is mounted below a share goes by the share's.
+    assert_eq!(guest.eval("sorted({kib(path) for path in glob.glob('/sys/class/bdi/*')})"), "[128, 496]");
+    guest.exec("root = os.stat('/').st_dev");
+    assert_eq!(guest.eval("kib(f'/sys/class/bdi/{os.major(root)}:{os.minor(root)}')"), "128");
+    assert_eq!(guest.end(), 0);
+}
+
+#[test]
 fn a_shared_mapping_and_the_file_are_one_whatever_the_cache() {
     let story = Story::new();
     let image = tests::python::debian_image();

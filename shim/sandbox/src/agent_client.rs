@@ -196,9 +196,8 @@ impl AgentClient {
             .processes)
     }
 
-    pub(crate) async fn add_share(&self, tag: &str) -> Result<(), CallError> {
-        let request = message::ShareRequest { tag: tag.to_owned(), ..Default::default() };
-        bounded("AddShare", CALL_DEADLINE, |context| self.stub.add_share(context, &request)).await.map(drop)
+    pub(crate) async fn add_share(&self, request: &message::ShareRequest) -> Result<(), CallError> {
+        bounded("AddShare", CALL_DEADLINE, |context| self.stub.add_share(context, request)).await.map(drop)
     }
 
     pub(crate) async fn remove_share(&self, tag: &str) -> Result<(), CallError> {

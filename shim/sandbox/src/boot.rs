@@ -55,7 +55,7 @@ impl Sandbox {
     /// Each variant of [`BootError`]; the VM is gone then.
     pub async fn boot(mut request: BootRequest) -> Result<Self, BootError> {
         let start = Instant::now();
-        let share_tags = request.shares.iter().map(|share| share.tag.clone()).collect();
+        let shares = request.shares.iter().map(Share::request).collect();
         let kept = |share: &mut Share| Some((share.tag.clone(), share.namespace.take()?));
         let namespaces = request.shares.iter_mut().filter_map(kept).collect();
         let (vmm, ports) = VmmProcess::spawn(Spawn {
@@ -84,7 +84,7 @@ impl Sandbox {
         let agent_ready = start.elapsed();
         let streams = StreamTable::serve(ports.streams)
             .map_err(|source| BootError::Host { action: "read random bytes", source })?;
-        let configured = agent.configure(&configuration(request.name, share_tags)?).await;
+        let configured = agent.configure(&configuration(request.name, shares)?).await;
         vmm.explain(configured).await.map_err(BootError::Configure)?;
         if request.network.guest != message::SetNetworkRequest::default() {
             let set = agent.set_network(&request.network.guest).await;
@@ -103,7 +103,7 @@ impl Sandbox {
     }
 }
 
-fn configuration(hostname: String, shares: Vec<String>) -> Result<message::ConfigureRequest, BootError> {
+fn configuration(hostname: String, shares: Vec<message::ShareRequest>) -> Result<message::ConfigureRequest, BootError> {
     let mut entropy = vec![0; 64];
     let mut filled = 0;
     while filled < entropy.len() {

@@ -26,7 +26,7 @@ use rustix::mount::{
 };
 
 use crate::plan::{ShareTags, Volume, VolumeShare};
-use crate::{BootError, CachePolicy};
+use crate::{BootError, CachePolicy, message};
 pub use mount_table::{Mounted, mount_of, mount_table};
 pub use mounts::HostMount;
 use slaves::Kept;
@@ -52,7 +52,17 @@ impl Share {
     pub fn of_tree(tag: &str, root: OwnedFd, cache: CachePolicy) -> Self {
         Self { tag: tag.to_owned(), root, cache, read_only: false, namespace: None }
     }
+
+    /// What the agent mounts it by. A volume is read ahead; of what a container's own tree holds, most are programs, of which Linux
+    /// would read as much around each page that is touched.
+    pub(crate) fn request(&self) -> message::ShareRequest {
+        let readahead_kib = if self.cache == CachePolicy::Always { 0 } else { READAHEAD_KIB };
+        message::ShareRequest { tag: self.tag.clone(), readahead_kib, ..Default::default() }
+    }
 }
+
+/// What one request can carry: a queue has 128 descriptors, 4 of which virtiofs keeps for headers.
+const READAHEAD_KIB: u32 = 124 * 4;
 
 /// The root file system of a container.
 #[derive(Clone, Debug, Eq, PartialEq)]

@@ -121,10 +121,11 @@ impl Sandbox {
     /// # Errors
     /// Each variant of [`ControlError`]; the share is gone then.
     pub async fn add_share(&self, share: Share) -> Result<(), ControlError> {
+        let of_guest = share.request();
         let Share { tag, root, cache, read_only, namespace } = share;
         let request = Request::AddShare { tag: tag.clone(), cache, read_only };
         self.vmm.ask(&request, &[root.as_fd()]).await?;
-        if let Err(error) = self.agent.add_share(&tag).await {
+        if let Err(error) = self.agent.add_share(&of_guest).await {
             // What failed is the guest's answer; that the VMM gives the device up as well changes nothing about it.
             let _ = self.vmm.ask(&Request::RemoveShare { tag }, &[]).await;
             return Err(ControlError::Agent(error));
