@@ -125,7 +125,7 @@ impl Agent for Service {
         rustix::system::sethostname(request.hostname.as_bytes()).map_err(|e| internal("set the host name", &e))?;
         for share in &request.shares {
             let action = format!("mount the share {}", share.tag);
-            share_tag(&share.tag)?.mount(share.into()).map_err(|e| internal(&action, &e))?;
+            share_tag(&share.tag)?.mount(share).map_err(|e| internal(&action, &e))?;
         }
         Ok(Empty::new())
     }
@@ -223,7 +223,7 @@ impl Agent for Service {
 
     async fn add_share(&self, _: &TtrpcContext, request: ShareRequest) -> ttrpc::Result<Empty> {
         let tag = share_tag(&request.tag)?;
-        tag.plug_in((&request).into()).await.map_err(|e| internal("mount the share", &e))?;
+        tag.plug_in(&request).await.map_err(|e| internal("mount the share", &e))?;
         Ok(Empty::new())
     }
 

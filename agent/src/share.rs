@@ -15,20 +15,6 @@ use crate::hotplug;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ShareTag(String);
 
-/// How a share is mounted.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct MountOptions {
-    read_only: bool,
-    /// In KiB; 0 leaves it to the kernel.
-    readahead_kib: u32,
-}
-
-impl From<&ShareRequest> for MountOptions {
-    fn from(request: &ShareRequest) -> Self {
-        Self { read_only: request.read_only, readahead_kib: request.readahead_kib }
-    }
-}
-
 /// Time for a device to come that the host has plugged in.
 const DEVICE_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -52,11 +38,11 @@ impl ShareTag {
         PathBuf::from(SHARE_DIR).join(&self.0)
     }
 
-    pub(crate) fn mount(&self, options: MountOptions) -> io::Result<()> {
-        let flags = if options.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
+    pub(crate) fn mount(&self, request: &ShareRequest) -> io::Result<()> {
+        let flags = if request.read_only { MountFlags::RDONLY } else { MountFlags::empty() };
         fs::create_dir_all(self.path())?;
         mount(self.0.as_str(), self.path(), "virtiofs", flags, None)?;
-        match options.readahead_kib {
+        match request.readahead_kib {
             0 => Ok(()),
             kib => self.set_readahead(kib).inspect_err(|_| {
                 // The first error is the one to tell.
@@ -75,16 +61,16 @@ impl ShareTag {
 
     /// Mounts a share whose device may not have been seen yet: looks at the PCI bus again, and tries at each event of the
     /// kernel until the device is there.
-    pub(crate) async fn plug_in(&self, options: MountOptions) -> io::Result<()> {
+    pub(crate) async fn plug_in(&self, request: &ShareRequest) -> io::Result<()> {
         // Before the look at the bus, so that no event is missed.
         let events = hotplug::device_events()?;
-        match self.mount(options) {
+        match self.mount(request) {
             Err(error) if is_no_such_device(&error) => hotplug::rescan_pci()?,
             done => return done,
         }
         let mounted = async {
             loop {
-                match self.mount(options) {
+                match self.mount(request) {
                     Err(error) if is_no_such_device(&error) => hotplug::next_event(&events).await?,
                     done => return done,
                 }

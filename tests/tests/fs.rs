@@ -64,6 +64,18 @@ fn a_link_out_of_a_volume_is_the_guests_to_follow_and_special_files_of_the_host_
 }
 
 #[test]
+fn a_volume_is_read_ahead_by_whole_requests_and_the_root_file_system_as_linux_does() {
+    let story = Story::new();
+    let mut guest = Python::start(&story, &["-v", &story.volume_at_mnt()]);
+    guest.exec("import glob; kib = lambda path: int(open(path + '/read_ahead_kb').read())");
+    // What is mounted below a share goes by the share's.
+    assert_eq!(guest.eval("sorted({kib(path) for path in glob.glob('/sys/class/bdi/*')})"), "[128, 496]");
+    guest.exec("root = os.stat('/').st_dev");
+    assert_eq!(guest.eval("kib(f'/sys/class/bdi/{os.major(root)}:{os.minor(root)}')"), "128");
+    assert_eq!(guest.end(), 0);
+}
+
+#[test]
 fn data_calls_behave_as_on_a_local_file_system() {
     let story = Story::new();
     let mut guest = Python::start(&story, &["-v", &story.volume_at_mnt()]);
@@ -104,18 +116,6 @@ syscall($msync, $at, 4096, 4) == 0 or die "msync: $!";
 sysseek(F, 0, 0); sysread(F, my $file, 15); sysseek(F, 0, 0); syswrite(F, "WRITE");
 print "$file|", unpack("P15", pack("Q", $at)), "\n";
 "#;
-
-#[test]
-fn a_volume_is_read_ahead_by_whole_requests_and_the_root_file_system_as_linux_does() {
-    let story = Story::new();
-    let mut guest = Python::start(&story, &["-v", &story.volume_at_mnt()]);
-    guest.exec("import glob; kib = lambda path: int(open(path + '/read_ahead_kb').read())");
-    // What is mounted below a share goes by the share's.
-    assert_eq!(guest.eval("sorted({kib(path) for path in glob.glob('/sys/class/bdi/*')})"), "[128, 496]");
-    guest.exec("root = os.stat('/').st_dev");
-    assert_eq!(guest.eval("kib(f'/sys/class/bdi/{os.major(root)}:{os.minor(root)}')"), "128");
-    assert_eq!(guest.end(), 0);
-}
 
 #[test]
 fn a_shared_mapping_and_the_file_are_one_whatever_the_cache() {
